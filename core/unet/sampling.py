@@ -1,0 +1,187 @@
+"""Runs of ComfyUI's sampler that the nodes ask for: source and edit together, or a probe of a given latent."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import latent_preview
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ..heatmap import HeatmapSum, normalise
+from ..part_token import PartToken
+from .blend import BlendRun, BlendSpec, FeatureBlend
+from .capture import PartCapture, spatial_size
+from .layers import Address, address_of, context_width, layer_table, pooled_width
+from .rows import Conditioning, stack
+from .samplers import paired_sampler
+
+log = logging.getLogger(__name__)
+
+KEY = "scalpel"
+Look = Callable[[Address, torch.Tensor, int, int], None]
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """edited: [edits, C, h, w]; source: [sources, C, h, w]; masks: [sources, steps, H, W] in 0…1."""
+
+    edited: torch.Tensor
+    source: torch.Tensor
+    masks: torch.Tensor
+
+
+def model_sigmas(model: Any, sampler_name: str, scheduler: str, steps: int, denoise: float) -> torch.Tensor:
+    """The sigmas that KSampler would use for these settings."""
+    sampler = comfy.samplers.KSampler(
+        model, steps, model.load_device, sampler_name, scheduler, denoise, model.model_options
+    )
+    return sampler.sigmas
+
+
+def checked_latent(model: Any, latent: dict[str, Any], name: str = "latent_image") -> torch.Tensor:
+    """The samples of a LATENT as this model takes them. ValueError if they have another number of channels."""
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    channels = model.get_model_object("latent_format").latent_channels
+    if samples.ndim != 4 or samples.shape[1] != channels:
+        raise ValueError(
+            f"{name}: its shape is {list(samples.shape)}; this model takes [batch, {channels}, height, width]"
+        )
+    return samples
+
+
+def sample_edit(
+    model: Any, source: Conditioning, edit: Conditioning, negative: Conditioning, noise: Any, sampler: Any,
+    sigmas: torch.Tensor, latent: dict[str, Any], cfg: float, spec: BlendSpec,
+) -> EditResult:  # fmt: skip
+    """Denoise source and edits together, blending the edits into the source (see `blend.py`).
+
+    noise: a NOISE object. The MODEL is left as it was: everything happens on a clone that is dropped.
+    """
+    rows = spec.rows
+    samples = checked_latent(model, latent)
+    positive = stack([edit, source], [rows.edits, rows.sources], ["edit", "source"])
+    noises = rows.join(noise.generate_noise({**latent, "samples": samples}))
+    noise_mask = latent.get("noise_mask")
+    if noise_mask is not None and noise_mask.shape[0] == rows.sources > 1:
+        noise_mask = rows.join(noise_mask)
+    _warn_of_frozen_models(model)
+    runs: list[BlendRun] = []
+    patched = model.clone()
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, FeatureBlend(spec, runs.append))
+    denoised = comfy.sample.sample_custom(
+        patched,
+        noises,
+        cfg,
+        paired_sampler(sampler, rows, noises, sigmas, noise.seed, model.load_device),
+        sigmas,
+        positive,
+        negative,
+        rows.join(samples),
+        noise_mask=noise_mask,
+        callback=latent_preview.prepare_callback(patched, len(sigmas) - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=noise.seed,
+    )
+    return EditResult(denoised[: rows.edits], denoised[rows.edits :], runs[0].step_masks())
+
+
+def _warn_of_frozen_models(model: Any) -> None:
+    options = model.model_options.get("transformer_options", {})
+    wrappers = [key for kind in options.get("wrappers", {}).values() for key in kind]
+    for key in ("torch.compile", "easycache", "lazycache"):
+        if key in wrappers or key in options:
+            log.warning("Scalpel: %s on this model may skip the attention patches; the edit may not appear", key)
+
+
+# ---------------------------------------------------------------- probing
+
+
+class _Probe(comfy.samplers.Sampler):
+    """A "sampler" that takes no step: it shows the model the latent at each noise level once."""
+
+    def sample(
+        self, model_wrap: Any, sigmas: torch.Tensor, extra_args: dict[str, Any], callback: Any, noise: torch.Tensor,
+        latent_image: torch.Tensor | None = None, *_: Any, **__: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        sampling = model_wrap.inner_model.model_sampling
+        latent = torch.zeros_like(noise) if latent_image is None else latent_image
+        x = latent
+        for i, sigma in enumerate(sigmas[:-1]):
+            x = sampling.noise_scaling(sigma, noise, latent, False)
+            denoised = model_wrap(x, sigma * x.new_ones(len(x)), **extra_args)
+            if callback is not None:
+                callback(i, denoised, x, len(sigmas) - 1)
+        return latent
+
+
+def noise_levels(model: Any, timesteps: int, start: float, end: float = 0.0) -> torch.Tensor:
+    """`timesteps` sigmas between two noise levels (fractions of the training steps, start > end), noisiest first."""
+    sampling = model.get_model_object("model_sampling")
+    steps = len(sampling.sigmas) - 1
+    places = (
+        torch.linspace(start * steps, end * steps, timesteps + 2)[:-1]
+        if timesteps > 1
+        else torch.tensor([start * steps])
+    )
+    return sampling.sigma(places[:timesteps])
+
+
+def probe(
+    model: Any, latent: dict[str, Any], sigmas: torch.Tensor, seed: int, positive: Conditioning | None, look: Look
+) -> None:
+    """Show the model a latent, noised to each of `sigmas` in turn; `look` sees every cross-attention's input.
+
+    look: called with the layer's address, the hidden states [images, h·w, channels], h and w. Without `positive` the
+    conditioning is zeros. No step is taken and the MODEL is left as it was.
+    """
+    samples = checked_latent(model, latent, "latent")
+
+    def record(n: torch.Tensor, context: Any, value: Any, options: dict[str, Any]) -> Any:
+        look(address_of(options), n[: len(samples)], *spatial_size(options))
+        return n, context, value
+
+    patched = model.clone()
+    patched.set_model_attn2_patch(record)
+    comfy.sample.sample_custom(
+        patched,
+        comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")),
+        1.0,
+        _Probe(),
+        torch.cat([sigmas, torch.zeros(1)]),
+        positive or zero_conditioning(model),
+        [],
+        samples,
+        callback=latent_preview.prepare_callback(patched, len(sigmas)),
+        disable_pbar=True,
+        seed=seed,
+    )
+
+
+def part_heatmaps(
+    model: Any, token: PartToken, latent: dict[str, Any], layers: str, noise_level: float, timesteps: int, seed: int,
+    positive: Conditioning | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Heat maps of a token's parts over given latents: [images, parts, H, W] in pixels, each scaled to 0…1.
+
+    The latent is noised to `timesteps` levels up to `noise_level` (fraction of the training steps), see `probe`.
+    """
+    table = layer_table(model)
+    capture = PartCapture(table, table.select(layers), token, keep_keys=False)
+    total = HeatmapSum()
+    sigmas = noise_levels(model, timesteps, noise_level)
+    probe(model, latent, sigmas, seed, positive, lambda *seen: capture.record(total, *seen))
+    h, w = latent["samples"].shape[-2:]
+    return normalise(total.mean((8 * h, 8 * w))).cpu()
+
+
+def zero_conditioning(model: Any) -> Conditioning:
+    """An unconditional CONDITIONING of zeros, as the authors' pipelines use for an empty prompt."""
+    pooled = pooled_width(model)
+    options = {"pooled_output": torch.zeros(1, pooled)} if pooled else {}
+    return [[torch.zeros(1, 77, context_width(model)), options]]

@@ -1,0 +1,25 @@
+"""ComfyUI nodes: what a user sees. Schema, checks of the inputs, a call into `core`."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .feature_blend import EditBatch, FeatureBlendSampler, FeatureBlendSamplerAdvanced
+from .masks import AdaptiveThreshold, AttentionMaskExtractor
+from .part_tokens import PartTokenLoader
+from .partsworld import PartsWorldLoader
+
+NODES: list[type[io.ComfyNode]] = [
+    PartsWorldLoader,
+    PartTokenLoader,
+    AttentionMaskExtractor,
+    AdaptiveThreshold,
+    EditBatch,
+    FeatureBlendSampler,
+    FeatureBlendSamplerAdvanced,
+]
+
+
+class Scalpel(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

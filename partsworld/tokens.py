@@ -1,0 +1,118 @@
+"""Trains the part tokens that come with the demo model::
+
+    python dev.py python -m scalpel.partsworld.tokens figure-head car-hood
+
+From rendered scenes and their exact masks; see `core/token_training.py`. Which scenes: seeds from `FIRST_SEED` on,
+far from those the model was trained on and from those the benches use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import loader
+from .render import render
+from .scene import PARTS, Scene, sample_scene
+
+log = logging.getLogger(__name__)
+
+FIRST_SEED = 5_000_000
+FOLDER = Path(__file__).parent / "weights" / "part_tokens"
+LAYERS = "decoder"
+NOISE = (0.6, 0.05)
+TIMESTEPS = 6
+SIZE = 64  # resolution of the loss
+
+
+def scenes(kind: str, count: int, first: int = FIRST_SEED) -> list[Scene]:
+    """Training scenes of one kind, half of them with independently coloured parts."""
+    return [sample_scene(first + i, kind, mixed=i % 2 == 1) for i in range(count)]
+
+
+def pictures(chosen: list[Scene], part: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(images [n, 256, 256, 3], masks of the part [n, 256, 256]) of scenes with one object each."""
+    drawn = [render(scene) for scene in chosen]
+    images = torch.from_numpy(np.stack([r.image for r in drawn]))
+    return images, torch.from_numpy(np.stack([r.masks[0][part] for r in drawn]))
+
+
+def captions(clip: Any, chosen: list[Scene]) -> Any:
+    """One CONDITIONING with a row per scene: its caption without the parts' colours."""
+    rows = [clip.encode_from_tokens_scheduled(clip.tokenize(scene.caption())) for scene in chosen]
+    return [[torch.cat([row[0][0] for row in rows]), {}]]
+
+
+def train_token(model: Any, clip: Any, vae: Any, kind: str, part: str, images: int, steps: int) -> Any:
+    """A part token of the demo model and its loss curve."""
+    from ..core.token_training import LayerQueries, optimise_token
+    from ..core.unet.layers import layer_table
+    from ..core.unet.sampling import noise_levels, probe
+
+    chosen = scenes(kind, images)
+    pixels, masks = pictures(chosen, part)
+    table = layer_table(model)
+    wanted = table.select(LAYERS)
+    seen: dict[Any, list[torch.Tensor]] = {}
+    sizes: dict[Any, tuple[int, int]] = {}
+
+    def look(address: Any, hidden: torch.Tensor, h: int, w: int) -> None:
+        if address in wanted:
+            seen.setdefault(address, []).append(table[address].block.attn2.to_q(hidden).float())
+            sizes[address] = (h, w)
+
+    levels = noise_levels(model, TIMESTEPS, *NOISE)
+    probe(model, {"samples": vae.encode(pixels)}, levels, 0, captions(clip, chosen), look)
+    layers = [
+        LayerQueries(
+            torch.stack(queries, 1).detach().clone(),
+            table[address].block.attn2.to_k.weight.detach().float().clone(),
+            table[address].heads,
+            *sizes[address],
+        )
+        for address, queries in seen.items()
+    ]
+    small = torch.nn.functional.interpolate(masks[:, None], (SIZE, SIZE), mode="area")[:, 0]
+    token, losses = optimise_token(layers, small, f"{kind} {part}", steps=steps)
+    token.info.update(
+        model_family="parts-world",
+        layers=LAYERS,
+        noise_range=json.dumps(NOISE),
+        images=str(images),
+        loss=f"{losses[-1]:.5f}",
+    )
+    return token, losses
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train the tokens named on the command line (all, by default) and save them."""
+    from ..core import part_token
+
+    every = [f"{kind}-{part}" for kind, parts in PARTS.items() for part in parts]
+    parser = argparse.ArgumentParser(prog="python -m scalpel.partsworld.tokens", description=__doc__)
+    parser.add_argument("tokens", nargs="*", default=[], help=f"of: {', '.join(every)}")
+    parser.add_argument("--images", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--output", type=Path, default=FOLDER)
+    parser.add_argument("--weights", type=Path, default=loader.WEIGHTS)
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    model, clip, vae = loader.load(arguments.weights)
+    for name in arguments.tokens or every:
+        kind, part = name.split("-")
+        token, losses = train_token(model, clip, vae, kind, part, arguments.images, arguments.steps)
+        file = arguments.output / f"partsworld_{kind}_{part}.safetensors"
+        file.unlink(missing_ok=True)
+        part_token.save(token, file)
+        log.info("%s: loss %.4f → %.4f, %s", name, losses[0], losses[-1], file.name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""The example workflows, for the page and for the API, and the help pages: what a user opens first must work."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import re
+import urllib.parse
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scalpel.devtools import make_workflows
+from scalpel.devtools.server import CHECKOUT, ComfyError
+
+WORKFLOWS = CHECKOUT / "example_workflows"
+API_FILE = {
+    "Edit one part": "edit_one_part",
+    "Find a part (heat map)": "find_a_part",
+    "Edit one part (SDXL)": "edit_one_part_sdxl",
+    "Find a part (SDXL)": "find_a_part_sdxl",
+}
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+TEXT_ONLY = {"MarkdownNote", "Note"}
+FEWER_STEPS = 5  # ddim_uniform makes one step more of a number that does not divide 1000
+
+
+def page_workflow(name):
+    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def api_workflow(name):
+    return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def with_fewer_steps(prompt):
+    for node in prompt.values():
+        if "steps" in node["inputs"]:
+            node["inputs"]["steps"] = FEWER_STEPS
+    return prompt
+
+
+def pictures(server, prompt, history):
+    """The first picture of every SaveImage node, by the node's title, as [height, width, 3] from 0 to 1."""
+    found = {}
+    for node, output in history["outputs"].items():
+        picture = Image.open(io.BytesIO(server.fetch(output["images"][0]))).convert("RGB")
+        found[prompt[node]["_meta"]["title"]] = np.asarray(picture) / 255.0
+    return found
+
+
+# ---- the files
+
+
+@pytest.fixture(scope="session")
+def info(server):
+    return server.object_info()
+
+
+def test_every_template_has_an_api_file_and_a_picture():
+    assert {path.stem for path in WORKFLOWS.glob("*.json")} == set(API_FILE)
+    assert {path.stem for path in WORKFLOWS.glob("*.jpg")} == set(API_FILE)
+    assert {path.stem for path in (WORKFLOWS / "api").glob("*.json")} == set(API_FILE.values())
+
+
+def test_the_files_are_what_make_workflows_writes(info):
+    for path, content in make_workflows.files(info).items():
+        assert path.read_text(encoding="utf-8") == make_workflows.dumps(content), f"{path.name}: run make_workflows"
+
+
+@pytest.mark.parametrize("name", API_FILE)
+@pytest.mark.parametrize("which", ["server", "old_server"])
+def test_the_page_sends_what_the_api_file_holds(name, which, request):
+    info = request.getfixturevalue(which).object_info()
+    assert as_the_page_sends_it(page_workflow(name), info) == {
+        node: {"class_type": content["class_type"], "inputs": content["inputs"]}
+        for node, content in api_workflow(API_FILE[name]).items()
+    }
+
+
+def as_the_page_sends_it(workflow, info):
+    """A saved workflow as POST /prompt gets it: widgets by position, each seed followed by its control."""
+    sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] in TEXT_ONLY:
+            continue
+        values = iter(node["widgets_values"])
+        inputs = {}
+        for group in ("required", "optional"):
+            for name, (kind, *settings) in info[node["type"]]["input"].get(group, {}).items():
+                if isinstance(kind, list) or kind in WIDGETS:
+                    inputs[name] = next(values)
+                    if settings and settings[0].get("control_after_generate"):
+                        assert next(values) in ("fixed", "randomize", "increment", "decrement")
+        assert next(values, None) is None, f"{node['type']} has more values than widgets"
+        inputs |= {socket["name"]: sources[socket["link"]] for socket in node["inputs"] if socket["link"]}
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+@pytest.mark.parametrize("name", API_FILE)
+def test_the_links_of_a_saved_workflow_agree_with_its_sockets(name):
+    workflow = page_workflow(name)
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for number, source, output, target, socket, kind in workflow["links"]:
+        assert nodes[target]["inputs"][socket]["link"] == number
+        assert nodes[target]["inputs"][socket]["type"] == kind
+        assert nodes[source]["outputs"][output]["type"] == kind
+        assert number in nodes[source]["outputs"][output]["links"]
+
+
+@pytest.mark.parametrize("name", API_FILE)
+def test_no_node_covers_another(name):
+    nodes = page_workflow(name)["nodes"]
+    boxes = {node["id"]: (*node["pos"], *node["size"]) for node in nodes}
+    for a, (x, y, w, h) in boxes.items():
+        for b, (u, v, p, q) in boxes.items():
+            title = 30
+            apart = x + w <= u or u + p <= x or y + h <= v - title or v + q <= y - title
+            assert a == b or apart, f"nodes {a} and {b}"
+
+
+@pytest.mark.parametrize("name", API_FILE)
+def test_every_template_says_what_to_do(name):
+    notes = [node["widgets_values"][0] for node in page_workflow(name)["nodes"] if node["type"] in TEXT_ONLY]
+    assert len(notes) == 1
+    assert "Press **Run**" in notes[0]
+    assert ("validated by a ComfyUI server, not run" in notes[0]) == ("SDXL" in name)
+
+
+# ---- on real servers
+
+
+def test_the_template_browser_lists_and_gets_them(server):
+    listed = json.loads(server._request("/workflow_templates"))
+    assert set(listed["scalpel"]) == set(API_FILE)
+    for name in API_FILE:
+        address = f"/api/workflow_templates/scalpel/{urllib.parse.quote(name)}"
+        assert json.loads(server._request(f"{address}.json")) == page_workflow(name)
+        assert Image.open(io.BytesIO(server._request(f"{address}.jpg"))).format == "JPEG"
+
+
+def test_edit_one_part_runs_untouched(server):
+    prompt = api_workflow("edit_one_part")
+    found = pictures(server, prompt, server.run(prompt))
+    assert set(found) == {"source", "edited", "mask"}
+    assert {picture.shape for picture in found.values()} == {(256, 256, 3)}
+    change = np.abs(found["edited"] - found["source"]).mean(2)
+    inside, outside = found["mask"].mean(2) >= 0.5, found["mask"].mean(2) < 0.1
+    assert 0.01 < inside.mean() < 0.5
+    assert change[inside].mean() > 5 * change[outside].mean()
+
+
+def test_find_a_part_runs_untouched(server):
+    prompt = api_workflow("find_a_part")
+    found = pictures(server, prompt, server.run(prompt))
+    assert set(found) == {"picture", "heat map", "mask", "found"}
+    assert {picture.shape for picture in found.values()} == {(256, 256, 3)}
+    assert 0.0 < (found["mask"].mean(2) > 0.99).mean() < 0.5
+    untouched = found["mask"].mean(2) == 0
+    assert np.array_equal(found["picture"][untouched], found["found"][untouched])
+
+
+def test_edit_one_part_runs_on_the_oldest_comfyui(old_server):
+    prompt = with_fewer_steps(api_workflow("edit_one_part"))
+    found = pictures(old_server, prompt, old_server.run(prompt))
+    assert not np.array_equal(found["source"], found["edited"])
+
+
+@pytest.mark.parametrize("name", ["edit_one_part_sdxl", "find_a_part_sdxl"])
+@pytest.mark.parametrize("which", ["server", "old_server"])
+def test_the_sdxl_workflows_are_valid_where_their_files_are(name, which, request):
+    server = request.getfixturevalue(which)
+    with pytest.raises(ComfyError, match=r"sd_xl_base_1\.0\.safetensors"):
+        server.submit(api_workflow(name))
+    placeholders = [
+        server.base / "models" / "checkpoints" / "sd_xl_base_1.0.safetensors",
+        server.base / "models" / "part_tokens" / "partimage_human_head.pt",
+    ]
+    try:
+        for path in placeholders:
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+        # Accepted, and then only the empty files stop it.
+        with pytest.raises(ComfyError, match=r"^(CheckpointLoaderSimple|PartTokenLoader):"):
+            server.wait(server.submit(api_workflow(name)))
+    finally:
+        for path in placeholders:
+            path.unlink(missing_ok=True)
+
+
+# ---- the client
+
+
+@pytest.fixture(scope="session")
+def client():
+    spec = importlib.util.spec_from_file_location("scalpel_example_client", WORKFLOWS / "api" / "client.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_client_saves_the_pictures_and_shows_progress(client, server, tmp_path, capsys):
+    prompt = with_fewer_steps(api_workflow("edit_one_part"))
+    saved = client.asyncio.run(client.run(server.address, prompt, tmp_path / "results"))
+    assert {path.name for path in saved} == {"source_0.png", "edited_0.png", "mask_0.png"}
+    assert {Image.open(io.BytesIO(path.read_bytes())).size for path in saved} == {(256, 256)}
+    assert f"FeatureBlendSampler: {FEWER_STEPS}/{FEWER_STEPS}" in capsys.readouterr().out
+
+
+def test_the_client_says_why_a_workflow_was_refused_or_failed(client, server, tmp_path):
+    wrong = api_workflow("edit_one_part")
+    wrong["3"]["inputs"]["token"] = "missing.safetensors"
+    with pytest.raises(RuntimeError, match=r"missing\.safetensors"):
+        client.asyncio.run(client.run(server.address, wrong, tmp_path))
+    failing = api_workflow("edit_one_part")
+    sampler = next(node for node in failing.values() if node["class_type"] == "FeatureBlendSampler")
+    sampler["inputs"]["layers"] = "no such layer"
+    with pytest.raises(RuntimeError, match=r"FeatureBlendSampler: .*no such layer"):
+        client.asyncio.run(client.run(server.address, failing, tmp_path))
+
+
+# ---- help
+
+
+@pytest.fixture(scope="session")
+def our_nodes(info):
+    return {name: node for name, node in info.items() if node["python_module"] == "custom_nodes.scalpel"}
+
+
+def inputs_of(node):
+    return {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+
+
+def test_every_node_of_the_pack_is_there_on_both_comfyuis(our_nodes, old_server):
+    from scalpel.nodes import NODES
+
+    ids = {node.define_schema().node_id for node in NODES}
+    assert set(our_nodes) == ids
+    assert set(old_server.object_info()) >= ids
+
+
+def test_every_input_and_output_has_a_tooltip(our_nodes):
+    for name, node in our_nodes.items():
+        for input_name, spec in inputs_of(node).items():
+            assert len(spec) > 1, f"{name}.{input_name}"
+            assert spec[1].get("tooltip"), f"{name}.{input_name}"
+        assert all(node["output_tooltips"]), name
+        assert node["description"], name
+
+
+def test_every_node_has_a_help_page_that_names_its_inputs_and_outputs(our_nodes, server):
+    for name, node in our_nodes.items():
+        page = server._request(f"/extensions/scalpel/docs/{name}.md").decode()
+        assert page.startswith(f"# {node['display_name']}\n"), name
+        for word in (*inputs_of(node), *node["output_name"]):
+            assert f"- **{word}**" in page, f"{name}.{word}"
+
+
+def test_no_help_page_is_left_of_a_node_that_is_gone(our_nodes):
+    assert {path.stem for path in (CHECKOUT / "web" / "docs").glob("*.md")} == set(our_nodes)
+
+
+# ---- the README
+
+
+def test_what_the_readme_names_exists():
+    text = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\":]+)\"", text):
+        path = urllib.parse.unquote(target[0] or target[1])
+        assert (CHECKOUT / path).exists(), path
+
+
+def test_the_readme_names_every_node(our_nodes):
+    text = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    assert not [name for name in our_nodes if f"`{name}`" not in text]
+    assert Path(WORKFLOWS / "api" / "client.py").name in text
