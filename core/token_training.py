@@ -14,18 +14,51 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .part_token import CONTEXT_LENGTH, PartToken
+from .part_token import CONTEXT_LENGTH
+
+LOSSES = ("bce", "l2")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a token is optimised. layers: a selection as in `core/unet/layers.py`."""
+
+    steps: int
+    learning_rate: float
+    loss: str
+    layers: str
+
+
+RECIPES = {
+    "paper": Recipe(steps=2000, learning_rate=30.0, loss="l2", layers="first8"),
+    "fast": Recipe(steps=500, learning_rate=0.2, loss="bce", layers="decoder"),
+}
 
 
 @dataclass(frozen=True)
 class LayerQueries:
-    """Queries of one layer: [images, timesteps, h·w, heads·d] and the weight [heads·d, context_dim] that makes keys."""
+    """What the UNet's one run leaves of a layer.
+
+    queries: [images, timesteps, h·w, heads·d], half or single precision; to_k: [heads·d, context_dim] float32, the
+    weight that makes keys of a token.
+    """
 
     queries: torch.Tensor
     to_k: torch.Tensor
     heads: int
     h: int
     w: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """embedding: [2, context_dim] float32 on the CPU, background and part; losses: one per step; heatmaps: [images,
+    h, w] of the training images at the resolution of the loss, each scaled to 0…1 by its own minimum and maximum.
+    """
+
+    embedding: torch.Tensor
+    losses: list[float]
+    heatmaps: torch.Tensor
 
 
 def predicted_map(embedding: torch.Tensor, layers: list[LayerQueries], size: tuple[int, int]) -> torch.Tensor:
@@ -51,29 +84,26 @@ def predicted_map(embedding: torch.Tensor, layers: list[LayerQueries], size: tup
 def optimise_token(
     layers: list[LayerQueries],
     masks: torch.Tensor,
-    name: str,
-    steps: int = 500,
-    rate: float = 0.2,
+    recipe: Recipe,
     seed: int = 0,
     on_step: Callable[[int, float], None] | None = None,
-) -> tuple[PartToken, list[float]]:
-    """A token whose attention is high on the part and low elsewhere, and the loss of each step.
+) -> Trained:
+    """A token whose attention is high on the part and low elsewhere.
 
-    masks: [images, H, W] in 0…1; their resolution is that of the loss (binary cross-entropy). Adam with a cosine
-    rate. The first half of the steps asks every head of every layer for the mask, which finds the part; the second
-    half scales the map by its minimum and maximum over all images, as the authors do, so that the heads that see the
-    part best may carry it alone. `on_step(step, loss)` may raise to cancel.
+    masks: [images, H, W] in 0…1 (any resolution). `on_step(step, loss)` is called after each step and may raise to
+    cancel. Must be called outside `torch.inference_mode`, with ordinary tensors.
     """
+    masks = F.interpolate(masks[:, None], (64, 64), mode="area")[:, 0]
     generator = torch.Generator().manual_seed(seed)
     width = layers[0].to_k.shape[1]
     embedding = (torch.randn(2, width, generator=generator) * 0.5).to(masks.device).requires_grad_()
-    optimiser = torch.optim.Adam([embedding], lr=rate, betas=(0.9, 0.99))
+    optimiser = torch.optim.Adam([embedding], lr=recipe.learning_rate, betas=(0.9, 0.99))
     losses = []
-    for step in range(steps):
+    for step in range(recipe.steps):
         for group in optimiser.param_groups:
-            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
         heatmap = predicted_map(embedding, layers, (masks.shape[-2], masks.shape[-1]))
-        if step >= steps // 2:
+        if step >= recipe.steps // 2:
             low, high = heatmap.amin(), heatmap.amax()
             heatmap = (heatmap - low) / (high - low + 1e-8)
         loss = F.binary_cross_entropy(heatmap.clamp(1e-5, 1 - 1e-5), masks)
@@ -83,5 +113,7 @@ def optimise_token(
         losses.append(loss.item())
         if on_step is not None:
             on_step(step, losses[-1])
-    token = PartToken(embedding.detach().cpu().float(), (1,), (CONTEXT_LENGTH - 1, 1), (name,))
-    return token, losses
+    with torch.no_grad():
+        maps = predicted_map(embedding, layers, (masks.shape[-2], masks.shape[-1]))
+        low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    return Trained(embedding.detach().cpu().float(), losses, ((maps - low) / (high - low + 1e-8)).cpu())

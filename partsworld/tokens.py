@@ -29,7 +29,6 @@ FOLDER = Path(__file__).parent / "weights" / "part_tokens"
 LAYERS = "decoder"
 NOISE = (0.6, 0.05)
 TIMESTEPS = 6
-SIZE = 64  # resolution of the loss
 
 
 def scenes(kind: str, count: int, first: int = FIRST_SEED) -> list[Scene]:
@@ -52,35 +51,16 @@ def captions(clip: Any, chosen: list[Scene]) -> Any:
 
 def train_token(model: Any, clip: Any, vae: Any, kind: str, part: str, images: int, steps: int) -> Any:
     """A part token of the demo model and its loss curve."""
-    from ..core.token_training import LayerQueries, optimise_token
-    from ..core.unet.layers import layer_table
-    from ..core.unet.sampling import noise_levels, probe
+    from ..core.part_token import from_tensor
+    from ..core.token_training import Recipe, optimise_token
+    from ..core.unet.queries import collect_queries
 
     chosen = scenes(kind, images)
     pixels, masks = pictures(chosen, part)
-    table = layer_table(model)
-    wanted = table.select(LAYERS)
-    seen: dict[Any, list[torch.Tensor]] = {}
-    sizes: dict[Any, tuple[int, int]] = {}
-
-    def look(address: Any, hidden: torch.Tensor, h: int, w: int) -> None:
-        if address in wanted:
-            seen.setdefault(address, []).append(table[address].block.attn2.to_q(hidden).float())
-            sizes[address] = (h, w)
-
-    levels = noise_levels(model, TIMESTEPS, *NOISE)
-    probe(model, {"samples": vae.encode(pixels)}, levels, 0, captions(clip, chosen), look)
-    layers = [
-        LayerQueries(
-            torch.stack(queries, 1).detach().clone(),
-            table[address].block.attn2.to_k.weight.detach().float().clone(),
-            table[address].heads,
-            *sizes[address],
-        )
-        for address, queries in seen.items()
-    ]
-    small = torch.nn.functional.interpolate(masks[:, None], (SIZE, SIZE), mode="area")[:, 0]
-    token, losses = optimise_token(layers, small, f"{kind} {part}", steps=steps)
+    latent = {"samples": vae.encode(pixels)}
+    layers = collect_queries(model, latent, LAYERS, NOISE, TIMESTEPS, 0, captions(clip, chosen))
+    trained = optimise_token(layers, masks, Recipe(steps, 0.2, "bce", LAYERS))
+    token, losses = from_tensor(trained.embedding, f"{kind} {part}"), trained.losses
     token.info.update(
         model_family="parts-world",
         layers=LAYERS,
