@@ -6,27 +6,30 @@ first and resized once, and padding that repeats a key c times is one key with l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
 
 def part_attention(
-    queries: torch.Tensor, keys: torch.Tensor, counts: torch.Tensor, part_rows: tuple[int, ...], heads: int
+    queries: torch.Tensor, keys: torch.Tensor, counts: torch.Tensor, parts: Sequence[Sequence[int]], heads: int
 ) -> torch.Tensor:
-    """Attention on the parts, summed over heads, in float32.
+    """Attention on the parts, summed over each part's keys and over heads, in float32.
 
     queries: [rows, pixels, heads·d]; keys: [tokens, heads·d]; counts: [tokens], how often each key stands in the
-    context. Returns [rows, parts, pixels], each value in 0…heads.
+    context; parts: which of the tokens belong to each part. Returns [rows, parts, pixels], each value in 0…heads.
     """
     rows, pixels, width = queries.shape
     d = width // heads
     q = queries.view(rows, pixels, heads, d).float()
     k = keys.view(-1, heads, d).float() * d**-0.5
     logits = torch.einsum("rphd,thd->rhpt", q, k) + counts.to(q).log()
-    if logits.shape[-1] == 2 and len(part_rows) == 1:  # softmax over two is a sigmoid
-        part = part_rows[0]
+    if logits.shape[-1] == 2 and len(parts) == 1 and len(parts[0]) == 1:  # softmax over two is a sigmoid
+        part = parts[0][0]
         return torch.sigmoid(logits[..., part] - logits[..., 1 - part]).sum(1, keepdim=True)
-    return logits.softmax(-1)[..., list(part_rows)].sum(1).transpose(1, 2)
+    attention = logits.softmax(-1).sum(1)
+    return torch.stack([attention[..., list(tokens)].sum(-1) for tokens in parts], 1)
 
 
 class HeatmapSum:

@@ -1,15 +1,19 @@
 """Part tokens: the learned embedding of a part and of "everything else" (PartEdit, section 3.2), and their files.
 
 A token takes the place of a text's embedding in cross-attention. Its rows are background rows and part rows; each row
-has a count, how often it stands in a context of 77.
+has a count, how often it stands in a context of 77. A part may have several rows (a word of several text tokens), and
+a token several parts (`combine`).
 """
 
 from __future__ import annotations
 
 import json
 import pickle
+import re
 import struct
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -31,7 +35,8 @@ def family(width: int) -> str:
 @dataclass(frozen=True)
 class PartToken:
     """embedding: [rows, context_dim] float32; counts: one per row; part_rows: which rows are parts; names: one per
-    part; info: what the file's metadata say besides (model family, layers, noise range, images, loss).
+    part row, and rows of one name are one part; info: what the file's metadata say besides (model family, layers,
+    noise range, images, loss).
     """
 
     embedding: torch.Tensor
@@ -53,12 +58,20 @@ class PartToken:
         if len(self.counts) != rows or any(c < 1 for c in self.counts):
             raise ValueError(f"a part token has one count ≥ 1 per row; found {list(self.counts)} for {rows} rows")
         if len(self.names) != len(parts):
-            raise ValueError(f"a part token has one name per part; found {list(self.names)} for {len(parts)} parts")
+            raise ValueError(f"a part token has one name per part row; found {list(self.names)} for {len(parts)} rows")
 
     @property
     def width(self) -> int:
         """Width of the text context this token belongs to."""
         return self.embedding.shape[1]
+
+    @property
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """Name → rows of each part, in the order in which the parts first appear."""
+        found: dict[str, tuple[int, ...]] = {}
+        for name, row in zip(self.names, self.part_rows, strict=True):
+            found[name] = (*found.get(name, ()), row)
+        return found
 
     def padded(self, padding: str, context: torch.Tensor) -> PartToken:
         """The token with another padding of the remaining places of its 77-token context.
@@ -84,23 +97,111 @@ class PartToken:
         return replace(bare, embedding=torch.cat([self.embedding, row]), counts=(*single, places))
 
 
-def from_tensor(tensor: torch.Tensor, name: str) -> PartToken:
-    """A token from the authors' layout: [2, width] or [1, 2, width], row 0 background (count 76), row 1 part."""
-    embedding = tensor.detach().float()
-    if embedding.ndim == 3 and embedding.shape[0] == 1:
-        embedding = embedding[0]
-    if embedding.ndim != 2 or embedding.shape[0] != 2:
+def combine(first: PartToken, second: PartToken) -> PartToken:
+    """Several parts at once (PartEdit, appendix M): all rows of both tokens, one softmax over all of them.
+
+    The authors stack [BG1, P1, BG2, P2] and fill the context of 77 with BG1. So every background row of `second` counts
+    once, and the first background row of `first` takes the places that are left (one at least). `first` may be combined
+    already: (a, b), c gives the same rows and counts as a, (b, c). A part of `second` whose name is taken gets a number
+    ("head 2"). ValueError if the tokens belong to model families of different text widths.
+    """
+    if first.width != second.width:
         raise ValueError(
-            f"a part token without metadata is a tensor [2, width] or [1, 2, width]; found {list(tensor.shape)}"
+            f"part_token_b: it is {second.width} wide ({family(second.width)}), but part_token_a is {first.width} wide "
+            f"({family(first.width)}); combine tokens of one model family"
         )
-    return PartToken(embedding.contiguous(), (1,), (CONTEXT_LENGTH - 1, 1), (name,))
+    rows = len(first.counts)
+    single = [c if i in second.part_rows else 1 for i, c in enumerate(second.counts)]
+    counts = [*first.counts, *single]
+    filler = min(set(range(rows)) - set(first.part_rows))
+    counts[filler] = max(1, CONTEXT_LENGTH - sum(counts[:filler] + counts[filler + 1 :]))
+    renamed: dict[str, str] = {}
+    for name in second.parts:
+        renamed[name] = _free_name(name, {*first.names, *renamed.values()})
+    return PartToken(
+        torch.cat([first.embedding, second.embedding]),
+        (*first.part_rows, *(rows + row for row in second.part_rows)),
+        tuple(counts),
+        (*first.names, *(renamed[name] for name in second.names)),
+        {key: value for key, value in first.info.items() if second.info.get(key) == value},
+    )
+
+
+def _free_name(name: str, taken: Collection[str]) -> str:
+    """The name itself or, if it is taken, the name with the next free number from 2 on."""
+    if name not in taken:
+        return name
+    base = re.sub(r" \d+$", "", name)
+    return next(f"{base} {i}" for i in range(2, len(taken) + 3) if f"{base} {i}" not in taken)
+
+
+def from_tensor(tensor: torch.Tensor, name: str) -> PartToken:
+    """A token from the authors' layout: [2, width], row 0 background (count 76), row 1 part.
+
+    [n, 2, width] and the authors' stack of n such tokens, [2n, width], become one token of n parts: "name 1" and so on.
+    """
+    pairs = tensor.detach().float()
+    if pairs.ndim == 2 and len(pairs) % 2 == 0:
+        pairs = pairs.unflatten(0, (-1, 2)) if len(pairs) else pairs
+    if pairs.ndim != 3 or pairs.shape[1] != 2 or len(pairs) == 0:
+        raise ValueError(
+            "a part token without metadata is a tensor [2, width], background and part, and several in one are "
+            f"[n, 2, width] or [2·n, width]; found {list(tensor.shape)}"
+        )
+    counts = (CONTEXT_LENGTH - 1, 1)
+    tokens = [
+        PartToken(pair.contiguous(), (1,), counts, (own,))
+        for pair, own in zip(pairs, _numbered(name, len(pairs)), strict=True)
+    ]
+    return reduce(combine, tokens)
+
+
+def _numbered(name: str, count: int) -> list[str]:
+    """The name for a single part; for several, "name 1", "name 2" and so on."""
+    return [name] if count == 1 else [f"{name} {i + 1}" for i in range(count)]
+
+
+def from_tensors(tensors: Mapping[str, torch.Tensor]) -> PartToken:
+    """One token of several parts from several tokens, each [2, width] or [1, 2, width]; their keys name the parts.
+
+    ValueError, which names a key, if one of them is no token or they do not belong together.
+    """
+    tokens = []
+    for name, tensor in tensors.items():
+        _check_tensor(tensor, repr(name))
+        if not _is_one_token(tensor.shape):
+            raise ValueError(
+                f"its tensor {name!r} has the shape {list(tensor.shape)}; where a file holds several part tokens, each "
+                "is [2, width], background and part"
+            )
+        tokens.append(from_tensor(tensor, name))
+    widths = {name: token.width for name, token in zip(tensors, tokens, strict=True)}
+    if len(set(widths.values())) > 1:
+        found = ", ".join(f"{name!r} is {width} ({family(width)})" for name, width in widths.items())
+        raise ValueError(f"its part tokens differ in width: {found}; those of one file belong to one model family")
+    return reduce(combine, tokens)
+
+
+def _is_one_token(shape: Sequence[int]) -> bool:
+    return tuple(shape[:-1]) in ((2,), (1, 2))
+
+
+def _check_tensor(tensor: object, what: str) -> None:
+    """ValueError unless `tensor` is an ordinary tensor of floating-point numbers."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{what} is not a part token: a floating-point tensor [2, width] was expected")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{what} holds {tensor.dtype}; floating-point numbers are needed")
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        raise ValueError(f"{what} is a {tensor.layout} tensor on {tensor.device}; an ordinary tensor is needed")
 
 
 def load(path: Path) -> PartToken:
     """Read a token from `.safetensors` (key `embedding`) or the authors' raw `.pt` tensor.
 
-    Nothing in the file is executed: `.pt` files go through PyTorch's weights-only reader. ValueError, with the file's
-    name, if it is truncated, is no token, or would need code to run.
+    A file of several tokens (see `from_tensor`, `from_tensors`) gives one token of several parts. Nothing in the file
+    is executed: `.pt` files go through PyTorch's weights-only reader. ValueError, with the file's name, if it is
+    truncated, is no token, or would need code to run.
     """
     try:
         return _load_safetensors(path) if path.suffix == ".safetensors" else _load_pt(path)
@@ -114,22 +215,27 @@ def _load_safetensors(path: Path) -> PartToken:
             keys = sorted(file.keys())
             metadata = file.metadata() or {}
             if "embedding" not in keys:
-                raise ValueError(f"it holds no tensor named 'embedding'; found: {', '.join(keys) or 'nothing'}")
+                if len(keys) < 2 or not any(_is_one_token(file.get_slice(key).get_shape()) for key in keys):
+                    raise ValueError(f"it holds no tensor named 'embedding'; found: {_some(keys)}")
+                return from_tensors({key: file.get_tensor(key) for key in keys})
             embedding = file.get_tensor("embedding")
     except SafetensorError as error:
         raise ValueError(f"it is not a whole safetensors file ({error})") from error
-    if not embedding.is_floating_point():
-        raise ValueError(f"'embedding' holds {embedding.dtype}; floating-point numbers are needed")
+    _check_tensor(embedding, "'embedding'")
     if "part_rows" not in metadata:
         return from_tensor(embedding, path.stem)
     try:
         parts = tuple(int(p) for p in json.loads(metadata["part_rows"]))
         counts = tuple(int(c) for c in json.loads(metadata["count"]))
-        names = tuple(str(n) for n in json.loads(metadata.get("names", json.dumps([path.stem] * len(parts)))))
+        names = tuple(str(n) for n in json.loads(metadata.get("names", json.dumps(_numbered(path.stem, len(parts))))))
     except (TypeError, KeyError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"its metadata 'part_rows', 'count' or 'names' are not JSON lists ({error})") from error
     info = {k: v for k, v in metadata.items() if k not in ("part_rows", "count", "names")}
     return PartToken(embedding.float(), parts, counts, names, info)
+
+
+def _some(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "") if keys else "nothing"
 
 
 _DAMAGE = (
@@ -147,9 +253,11 @@ def _load_pt(path: Path) -> PartToken:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"it is not a whole PyTorch file ({reason})") from error
     if isinstance(content, dict):
+        shapes = [value.shape for value in content.values() if isinstance(value, torch.Tensor)]
+        if "embedding" not in content and len(content) > 1 and any(map(_is_one_token, shapes)):
+            return from_tensors({str(key): value for key, value in content.items()})
         content = content.get("embedding")
-    if not isinstance(content, torch.Tensor) or not content.is_floating_point():
-        raise ValueError("it is not a part token: a floating-point tensor [2, width] was expected")
+    _check_tensor(content, "it")
     return from_tensor(content, path.stem)
 
 

@@ -8,13 +8,18 @@ from .feature_blend import EditBatch, FeatureBlendSampler, FeatureBlendSamplerAd
 from .masks import AdaptiveThreshold, AttentionMaskExtractor
 from .part_tokens import PartTokenLoader
 from .partsworld import PartsWorldLoader
+from .prompt_to_prompt import PromptToPrompt
+from .token_making import PartTokenCombine, PartTokenFromText
 
 NODES: list[type[io.ComfyNode]] = [
     PartsWorldLoader,
     PartTokenLoader,
+    PartTokenFromText,
+    PartTokenCombine,
     AttentionMaskExtractor,
     AdaptiveThreshold,
     EditBatch,
+    PromptToPrompt,
     FeatureBlendSampler,
     FeatureBlendSamplerAdvanced,
 ]

@@ -129,10 +129,16 @@ def test_a_file_that_is_no_token_at_all_is_refused(name, suffix, tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (torch.zeros(3, 32), r"is a tensor \[2, width\] or \[1, 2, width\]; found \[3, 32\]"),
+        (torch.zeros(3, 32), r"is a tensor \[2, width\], .* \[n, 2, width\] or \[2·n, width\]; found \[3, 32\]"),
+        (torch.zeros(1, 32), r"found \[1, 32\]"),
+        (torch.zeros(0, 32), r"found \[0, 32\]"),
         (torch.zeros(32), r"found \[32\]"),
-        (torch.zeros(2, 2, 32), r"found \[2, 2, 32\]"),
+        (torch.zeros(2, 3, 32), r"found \[2, 3, 32\]"),
+        (torch.zeros(0, 2, 32), r"found \[0, 2, 32\]"),
+        (torch.zeros(1, 2, 2, 32), r"found \[1, 2, 2, 32\]"),
         (torch.zeros(2, 0), r"this one has \[2, 0\]"),
+        (EMBEDDING.to_sparse(), "torch.sparse_coo tensor on cpu; an ordinary tensor is needed"),
+        (EMBEDDING.to("meta"), "on meta; an ordinary tensor is needed"),
         (torch.full((2, 32), float("nan")), "NaN or infinite"),
         (torch.zeros(2, 32, dtype=torch.int64), "floating-point"),
         ({"weights": EMBEDDING}, "not a part token"),
@@ -150,10 +156,12 @@ def test_a_pt_file_with_something_else_says_what_was_found_or_expected(content, 
     ("tensors", "metadata", "words"),
     [
         (
-            {"lora.up": EMBEDDING, "lora.down": EMBEDDING + 1},
+            {"lora.up": EMBEDDING.T.contiguous(), "lora.down": torch.zeros(3, 32)},
             None,
             "no tensor named 'embedding'; found: lora.down, lora.up",
         ),
+        ({f"layer.{i}": torch.zeros(9) for i in range(9)}, None, "found: layer.0, .*, layer.4 and 4 more$"),
+        ({}, None, "found: nothing"),
         ({"embedding": EMBEDDING.long()}, None, "torch.int64; floating-point numbers are needed"),
         ({"embedding": EMBEDDING}, {"part_rows": "one", "count": "[76, 1]"}, "not JSON lists"),
         ({"embedding": EMBEDDING}, {"part_rows": "1", "count": "[76, 1]"}, "not JSON lists"),
@@ -224,6 +232,11 @@ def _written_out(token):
     return token.embedding[owner], [int(place) for p in token.part_rows for place in (owner == p).nonzero()]
 
 
+def _ours(queries, token):
+    parts = list(token.parts.values())
+    return part_attention(queries, token.embedding, torch.tensor(token.counts), parts, heads=1)
+
+
 def _attention(queries, rows, parts):
     probabilities = (queries @ rows.T * rows.shape[1] ** -0.5).softmax(-1)
     return probabilities[..., parts].transpose(-1, -2)
@@ -242,7 +255,7 @@ def test_a_padded_token_is_the_context_it_stands_for(padding):
     }[padding]  # fmt: skip
     rows = [background, part] if filling is None else [background, part, *[filling] * 75]
     expected = _attention(queries, torch.stack(rows), [1])
-    ours = part_attention(queries, token.embedding, torch.tensor(token.counts), token.part_rows, heads=1)
+    ours = _ours(queries, token)
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
     assert sum(token.counts) == len(rows)
     assert token.names == ("head",)
@@ -256,7 +269,7 @@ def test_a_combined_token_keeps_all_its_rows_whatever_the_padding(padding):
     rows, parts = _written_out(token)
     assert len(rows) == (4 if padding == "none" else 77)
     queries = randn(1, 20, 32, seed=4)
-    ours = part_attention(queries, token.embedding, torch.tensor(token.counts), token.part_rows, heads=1)
+    ours = _ours(queries, token)
     torch.testing.assert_close(ours, _attention(queries, rows, parts), atol=1e-6, rtol=1e-5)
 
 
@@ -264,7 +277,7 @@ def test_several_background_rows_each_keep_their_own_count():
     token = PartToken(randn(3, 32, seed=5), (2,), (40, 36, 1), ("head",))
     rows, parts = _written_out(token)
     queries = randn(1, 20, 32, seed=6)
-    ours = part_attention(queries, token.embedding, torch.tensor(token.counts), token.part_rows, heads=1)
+    ours = _ours(queries, token)
     torch.testing.assert_close(ours, _attention(queries, rows, parts), atol=1e-6, rtol=1e-5)
     assert token.padded("zero", CONTEXT).counts == (1, 1, 1, 74)
 

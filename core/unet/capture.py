@@ -35,7 +35,8 @@ class PartCapture:
         queries = attention.to_q(hidden)
         keys = self._key(address, attention.to_k, hidden)
         counts = torch.tensor(self.token.counts, device=hidden.device)
-        into.add(part_attention(queries, keys, counts, self.token.part_rows, layer.heads), h, w)
+        parts = list(self.token.parts.values())
+        into.add(part_attention(queries, keys, counts, parts, layer.heads), h, w)
 
     def _key(self, address: Address, to_k: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         if address in self._keys:
