@@ -13,6 +13,7 @@ from ..core.unet.layers import HELP, context_width, is_sdxl
 
 CATEGORY = "Scalpel"
 PartTokenType = io.Custom("PART_TOKEN")
+PromptControlType = io.Custom("PROMPT_CONTROL")
 
 _KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
 

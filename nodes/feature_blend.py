@@ -10,6 +10,7 @@ import torch
 from comfy_api.latest import io
 
 from ..core.part_token import PartToken
+from ..core.prompt_to_prompt import PromptControl
 from ..core.unet import sampling
 from ..core.unet.blend import BlendSpec
 from ..core.unet.layers import layer_table
@@ -17,6 +18,7 @@ from ..core.unet.rows import PairedRows, batch_of, stack
 from .common import (
     CATEGORY,
     PartTokenType,
+    PromptControlType,
     check_conditioning,
     check_range,
     check_token,
@@ -26,6 +28,7 @@ from .common import (
     schema,
     seed_input,
 )
+from .prompt_to_prompt import check_prompt_control
 
 MASK_MODES = ("replace", "multiply")
 EDIT_CATEGORY = f"{CATEGORY}/edit"
@@ -96,6 +99,11 @@ def _optional_inputs() -> list[Any]:
             "mask_mode", options=list(MASK_MODES), default="replace", optional=True,
             tooltip="replace: your mask is used instead of the token's. multiply: it limits the token's.",
         ),
+        PromptControlType.Input(
+            "prompt_control", optional=True,
+            tooltip="From Prompt to Prompt, which also gives the source and the edit prompt. Without a token or a mask "
+            "it edits the whole picture.",
+        ),
     ]  # fmt: skip
 
 
@@ -147,6 +155,7 @@ class FeatureBlendSampler(io.ComfyNode):
         cls, model: Any, source: Any, edit: Any, negative: Any, latent_image: dict[str, Any], seed: int, steps: int,
         cfg: float, sampler_name: str, scheduler: str, denoise: float, omega: float, blend_until: float, layers: str,
         padding: str, part_token: PartToken | None = None, mask: torch.Tensor | None = None, mask_mode: str = "replace",
+        prompt_control: PromptControl | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         check_range("steps", steps, 1, 10000)
         check_range("denoise", denoise, 0.0, 1.0)
@@ -154,7 +163,7 @@ class FeatureBlendSampler(io.ComfyNode):
         sigmas = sampling.model_sigmas(model, sampler_name, scheduler, steps, denoise)
         return _sample(
             model, source, edit, negative, _SeededNoise(seed), comfy.samplers.sampler_object(sampler_name), sigmas,
-            latent_image, cfg, omega, blend_until, layers, padding, part_token, mask, mask_mode,
+            latent_image, cfg, omega, blend_until, layers, padding, part_token, mask, mask_mode, prompt_control,
         )  # fmt: skip
 
 
@@ -185,10 +194,11 @@ class FeatureBlendSamplerAdvanced(io.ComfyNode):
         cls, model: Any, source: Any, edit: Any, negative: Any, noise: Any, sampler: Any, sigmas: torch.Tensor,
         latent_image: dict[str, Any], cfg: float, omega: float, blend_until: float, layers: str, padding: str,
         part_token: PartToken | None = None, mask: torch.Tensor | None = None, mask_mode: str = "replace",
+        prompt_control: PromptControl | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         return _sample(
             model, source, edit, negative, noise, sampler, sigmas, latent_image, cfg, omega, blend_until, layers,
-            padding, part_token, mask, mask_mode,
+            padding, part_token, mask, mask_mode, prompt_control,
         )  # fmt: skip
 
 
@@ -205,7 +215,7 @@ class _SeededNoise:
 def _sample(
     model: Any, source: Any, edit: Any, negative: Any, noise: Any, sampler: Any, sigmas: torch.Tensor,
     latent_image: dict[str, Any], cfg: float, omega: float, blend_until: float, layers: str, padding: str,
-    part_token: PartToken | None, mask: torch.Tensor | None, mask_mode: str,
+    part_token: PartToken | None, mask: torch.Tensor | None, mask_mode: str, prompt_control: PromptControl | None,
 ) -> io.NodeOutput:  # fmt: skip
     check_range("cfg", cfg, 1.0, 100.0)
     check_range("omega", omega, 0.25, 4.0)
@@ -214,8 +224,10 @@ def _sample(
     samples = sampling.checked_latent(model, latent_image)
     for name, conditioning in (("source", source), ("edit", edit), ("negative", negative)):
         check_conditioning(name, conditioning, model)
-    if part_token is None and mask is None:
+    if part_token is None and mask is None and prompt_control is None:
         raise ValueError("part_token: neither a part token nor a mask is connected; give one of them, or both")
+    if prompt_control is not None:
+        check_prompt_control(prompt_control, source, edit, batch_of(edit))
     if mask_mode not in MASK_MODES:
         raise ValueError(f"mask_mode: {mask_mode!r} is unknown; accepted are {' and '.join(MASK_MODES)}")
     if len(sigmas) < 2:
@@ -226,7 +238,7 @@ def _sample(
         part_token = part_token.padded(padding, source[0][0][0])
     if mask is not None:
         mask = checked_mask(mask, rows.sources, (8 * samples.shape[-2], 8 * samples.shape[-1]))
-    spec = BlendSpec(rows, part_token, omega, blend_until, layers, mask, mask_mode == "multiply")
+    spec = BlendSpec(rows, part_token, omega, blend_until, layers, mask, mask_mode == "multiply", prompt_control)
     result = sampling.sample_edit(model, source, edit, negative, noise, sampler, sigmas, latent_image, cfg, spec)
     return io.NodeOutput(
         _latent_like(latent_image, result.edited, rows.source_of),

@@ -12,19 +12,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ..heatmap import HeatmapSum, normalise
 from ..part_token import PartToken
+from ..prompt_to_prompt import PromptControl
 from ..threshold import partedit_mask
 from .capture import PartCapture, map_size, spatial_size
+from .evaluation import Area, ConditionKey, Evaluation
 from .layers import LayerTable, address_of, is_sdxl, layer_table
+from .prompt_control import PromptControlRun
 from .rows import PairedRows
 
 KEY = "scalpel.feature_blend"
-ConditionKey = tuple[Any, int]
-Area = tuple[int, int, int, int] | None
-"""(height, width, top, left) in latent cells; None: the whole latent."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,7 @@ class BlendSpec:
 
     mask: the user's own, [1 or sources, H, W] in 0…1, or None; multiply: it limits the token's mask rather than
     replacing it. blend_until: fraction of the steps; step i (from 0) blends iff 1 ≤ i < round(blend_until · steps).
+    control: Prompt-to-Prompt beside the blending, or, with neither token nor mask, instead of it.
     """
 
     rows: PairedRows
@@ -42,6 +42,7 @@ class BlendSpec:
     layers: str
     mask: torch.Tensor | None = None
     multiply: bool = False
+    control: PromptControl | None = None
 
     @property
     def uses_token(self) -> bool:
@@ -58,8 +59,11 @@ class FeatureBlend:
     def __call__(self, executor: Any, noise: torch.Tensor, latent: torch.Tensor, sampler: Any, sigmas: torch.Tensor,
                  *args: Any, **kwargs: Any) -> Any:  # fmt: skip
         guider = executor.class_obj
-        run = BlendRun(self.spec, guider, noise, sigmas)
-        run.install(guider.model_options)
+        evaluation = Evaluation(guider, sigmas, KEY)
+        run = BlendRun(self.spec, guider, evaluation, noise)
+        evaluation.install(run.install(guider.model_options))
+        if self.spec.control is not None:
+            PromptControlRun(self.spec.control, self.spec.rows, evaluation, run.table).install(guider.model_options)
         result = executor(noise, latent, sampler, sigmas, *args, **kwargs)
         run.finish()
         self.report(run)
@@ -67,15 +71,15 @@ class FeatureBlend:
 
 
 class BlendRun:
-    """State of one sampling run. Steps are told by sigma, conditioning entries by (uuid, place), rows by `spec.rows`.
+    """State of one sampling run. Conditioning entries and steps are `evaluation`'s, rows `spec.rows`'.
 
     `guider.model_options` is the copy that ComfyUI made for this run, so what is installed there ends with it.
     """
 
-    def __init__(self, spec: BlendSpec, guider: Any, noise: torch.Tensor, sigmas: torch.Tensor) -> None:
+    def __init__(self, spec: BlendSpec, guider: Any, evaluation: Evaluation, noise: torch.Tensor) -> None:
         self.spec = spec
         self.guider = guider
-        self.sigmas = [float(s) for s in sigmas]
+        self.evaluation = evaluation
         self.latent_size: tuple[int, int] = (noise.shape[-2], noise.shape[-1])
         self.map_size = map_size(noise.shape, is_sdxl(guider.model_patcher))
         self.table: LayerTable = layer_table(guider.model_patcher)
@@ -83,17 +87,11 @@ class BlendRun:
         self.masks: dict[float, torch.Tensor] = {}
         self.thresholds: dict[float, list[float]] = {}
         self._maps: dict[ConditionKey, tuple[Area, HeatmapSum]] = {}
+        self._maps_sigma = float("inf")
         self._latest = (float("inf"), torch.empty(0))  # the newest mask where the model runs; all others on the CPU
-        self._sigma = float("inf")
-        self._x: torch.Tensor | None = None
         self._weights: dict[tuple[Area, int, int], torch.Tensor] = {}
         self._blend_mask: torch.Tensor | None = None
         self._recording: list[ConditionKey] = []
-        self._areas: dict[ConditionKey, Area] = {}
-
-    @property
-    def steps(self) -> int:
-        return len(self.sigmas) - 1
 
     def _make_capture(self) -> PartCapture | None:
         if not self.spec.uses_token or self.spec.token is None:
@@ -101,10 +99,9 @@ class BlendRun:
         hooked = any(entry.get("hooks") is not None for conds in self.guider.conds.values() for entry in conds)
         return PartCapture(self.table, self.table.select(self.spec.layers), self.spec.token, keep_keys=not hooked)
 
-    def install(self, model_options: dict[str, Any]) -> None:
-        """Put the wrapper and the patches of this run into the run's own model options."""
-        options = model_options.setdefault("transformer_options", {})
-        add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, self._evaluate, options)
+    def install(self, model_options: dict[str, Any]) -> dict[str, Any]:
+        """Put the patches of this run into the run's own model options; returns its transformer options."""
+        options: dict[str, Any] = model_options.setdefault("transformer_options", {})
         patches = options.setdefault("patches", {})
         for name, patch in (
             ("attn1_output_patch", self._blend),
@@ -112,60 +109,34 @@ class BlendRun:
             ("attn2_patch", self._record),
         ):
             patches[name] = [*patches.get(name, []), patch]
+        self.evaluation.listeners.append(self._begin)
+        return options
 
     # ------------------------------------------------------------------ one evaluation of the model
 
-    def _evaluate(
-        self, executor: Any, model: Any, conds: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: Any
-    ) -> Any:
-        self._begin(float(timestep.flatten()[0]), conds, x)
-        return executor(model, conds, x, timestep, model_options)
-
-    def _begin(self, sigma: float, conds: list[Any], x: torch.Tensor) -> None:
-        again = sigma == self._sigma and x is self._x  # an extra pass of a guidance (PAG) is not recorded
-        if sigma != self._sigma:
+    def _begin(self, x: torch.Tensor) -> None:
+        now = self.evaluation
+        if now.sigma != self._maps_sigma:
             self._close_map()
-        self._sigma, self._x = sigma, x
-        self._areas = {
-            (entry["uuid"], place): _latent_area(entry.get("area"), x)
-            for place, entries in enumerate(conds)
-            for entry in entries or ()
-        }
-        self._recording = [] if again else self._entries_to_record(conds)
+        self._maps_sigma = now.sigma
+        self._recording = [] if now.again else now.whole
         if self._recording:  # a second evaluation at this sigma (Heun) replaces the first
-            self._maps = {key: (self._areas[key], HeatmapSum()) for key in self._recording}
+            self._maps = {key: (now.areas[key], HeatmapSum()) for key in self._recording}
         self._blend_mask = self._mask_for_this_step(x)
         self._weights = {}
 
-    def _entries_to_record(self, conds: list[Any]) -> list[ConditionKey]:
-        """The positive entry that covers the whole picture now, or else all that cover an area of it."""
-        positive = self.guider.conds.get("positive", [])
-        active = [
-            (entry["uuid"], place)
-            for place, entries in enumerate(conds)
-            if entries is positive
-            for entry in entries
-            if _applies(entry, self._sigma)
-        ]
-        return [key for key in active if self._areas[key] is None][:1] or active
-
     def _mask_for_this_step(self, x: torch.Tensor) -> torch.Tensor | None:
-        if not 1 <= self._step() < round(self.spec.blend_until * self.steps):
+        if not 1 <= self.evaluation.step < round(self.spec.blend_until * self.evaluation.steps):
             return None
         if not self.spec.uses_token and self.spec.mask is not None:
             return self._user_mask(x)
-        earlier = [sigma for sigma in self.masks if sigma > self._sigma]
+        earlier = [sigma for sigma in self.masks if sigma > self.evaluation.sigma]
         if not earlier:
             return None
         sigma = min(earlier)
         if self._latest[0] != sigma:
             self._latest = (sigma, self.masks[sigma].to(x.device))
         return self._latest[1]
-
-    def _step(self) -> int:
-        """The step this evaluation belongs to: the last whose sigma is not below this one."""
-        reached = [i for i, sigma in enumerate(self.sigmas[:-1]) if sigma >= self._sigma * (1 - 1e-5)]
-        return reached[-1] if reached else 0
 
     def _user_mask(self, like: torch.Tensor) -> torch.Tensor:
         assert self.spec.mask is not None
@@ -183,9 +154,9 @@ class BlendRun:
         mask = torch.stack([m for m, _ in found])
         if self.spec.mask is not None:
             mask = mask * self._user_mask(mask)
-        self._latest = (self._sigma, mask)
-        self.masks[self._sigma] = mask.cpu()
-        self.thresholds[self._sigma] = [k for _, k in found]
+        self._latest = (self._maps_sigma, mask)
+        self.masks[self._maps_sigma] = mask.cpu()
+        self.thresholds[self._maps_sigma] = [k for _, k in found]
         self._maps = {}
 
     def _put_together(self, recorded: list[tuple[Area, HeatmapSum]]) -> torch.Tensor:
@@ -205,29 +176,32 @@ class BlendRun:
     def finish(self) -> None:
         """Close the last evaluation's map."""
         self._close_map()
-        self._x = None
+        self.evaluation.finish()
 
     def step_masks(self) -> torch.Tensor:
-        """The mask after each step, [sources, steps, H, W] on the CPU; the user's own mask where no token is used."""
-        if not self.masks:
-            if self.spec.mask is None:
-                raise RuntimeError("no attention map was recorded: the model's cross-attention was never called")
-            user = self._user_mask(torch.empty(0))
-            return user[:, None].expand(-1, self.steps, -1, -1)
-        per_step = []
-        for sigma in self.sigmas[:-1]:
-            nearest = min(self.masks, key=lambda known: abs(known - sigma))
-            per_step.append(self.masks[nearest])
-        return torch.stack(per_step, 1)
+        """The mask after each step, [sources, steps, H, W] on the CPU; the user's own mask where no token is used.
+
+        All 1 where there is neither: Prompt-to-Prompt alone may change everything.
+        """
+        if self.masks:
+            per_step = []
+            for sigma in self.evaluation.sigmas[:-1]:
+                nearest = min(self.masks, key=lambda known: abs(known - sigma))
+                per_step.append(self.masks[nearest])
+            return torch.stack(per_step, 1)
+        if self.spec.uses_token:
+            raise RuntimeError("no attention map was recorded: the model's cross-attention was never called")
+        everything = torch.ones(self.spec.rows.sources, *self.map_size)
+        mask = self._user_mask(everything) if self.spec.mask is not None else everything
+        return mask[:, None].expand(-1, self.evaluation.steps, -1, -1)
 
     # ------------------------------------------------------------------ patches
 
     def _record(self, n: torch.Tensor, context: Any, value: Any, options: dict[str, Any]) -> Any:
         """attn2_patch: take the part's map from the source rows of the first unrestricted positive entry."""
         if self.capture is not None and self._recording:
-            keys = zip(options["uuids"], options["cond_or_uncond"], strict=True)
             h, w = spatial_size(options)
-            for chunk, key in zip(self.spec.rows.chunks(n, options), keys, strict=True):
+            for chunk, key in zip(self.spec.rows.chunks(n, options), self.evaluation.keys(options), strict=True):
                 if key in self._recording:
                     self.capture.record(self._maps[key][1], address_of(options), chunk[self.spec.rows.edits :], h, w)
         return n, context, value
@@ -244,8 +218,8 @@ class BlendRun:
                 "or splits attention tokens, which feature blending cannot follow; take it off the model"
             )
         chunks = rows.chunks(n, options)
-        for chunk, key in zip(chunks, zip(options["uuids"], options["cond_or_uncond"], strict=True), strict=True):
-            weight = self._weight(self._areas.get(key), h, w, n)
+        for chunk, key in zip(chunks, self.evaluation.keys(options), strict=True):
+            weight = self._weight(self.evaluation.areas.get(key), h, w, n)
             source = chunk[rows.edits :][rows.source_of] if rows.sources > 1 else chunk[rows.edits :]
             chunk[: rows.edits] = torch.lerp(source, chunk[: rows.edits], weight)
         return n
@@ -263,21 +237,6 @@ class BlendRun:
             weight = mask.flatten(1)[..., None].to(like.dtype)
             self._weights[key] = weight[self.spec.rows.source_of] if self.spec.rows.sources > 1 else weight
         return self._weights[key]
-
-
-def _applies(entry: dict[str, Any], sigma: float) -> bool:
-    """Whether a conditioning entry is used at a sigma; ComfyUI's "default" entries only fill what others leave."""
-    start, end = float(entry.get("timestep_start", "inf")), float(entry.get("timestep_end", "-inf"))
-    return end <= sigma <= start and "default" not in entry
-
-
-def _latent_area(area: Any, x: torch.Tensor) -> Area:
-    """The area of an entry as ComfyUI crops it to the latent; None for the whole."""
-    if area is None:
-        return None
-    height, width, top, left = (int(v) for v in area)
-    height, width = min(height, x.shape[-2] - top), min(width, x.shape[-1] - left)
-    return None if (height, width) == tuple(x.shape[-2:]) else (height, width, top, left)
 
 
 def _region(area: Area, latent: tuple[int, int], size: tuple[int, int]) -> tuple[slice, slice]:
