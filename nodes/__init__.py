@@ -6,16 +6,21 @@ from comfy_api.latest import ComfyExtension, io
 
 from .feature_blend import EditBatch, FeatureBlendSampler, FeatureBlendSamplerAdvanced
 from .masks import AdaptiveThreshold, AttentionMaskExtractor
-from .part_tokens import PartTokenLoader
+from .part_tokens import PartTokenLoader, PartTokenSave
 from .partsworld import PartsWorldLoader
 from .prompt_to_prompt import PromptToPrompt
+from .token_dataset import PartTokenDataset
 from .token_making import PartTokenCombine, PartTokenFromText
+from .token_training import PartTokenTrainer
 
 NODES: list[type[io.ComfyNode]] = [
     PartsWorldLoader,
     PartTokenLoader,
     PartTokenFromText,
     PartTokenCombine,
+    PartTokenDataset,
+    PartTokenTrainer,
+    PartTokenSave,
     AttentionMaskExtractor,
     AdaptiveThreshold,
     EditBatch,

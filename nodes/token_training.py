@@ -18,7 +18,7 @@ from ..core.charts import loss_curve, overlay
 from ..core.part_token import PartToken, family, from_tensor
 from ..core.token_training import LOSSES, RECIPES, LayerQueries, Recipe, Trained, optimise_token
 from ..core.unet.layers import HELP, layer_table
-from ..core.unet.queries import collect_queries, on_fastest_device
+from ..core.unet.queries import collect_queries, for_training
 from .common import CATEGORY, PartTokenType, check_conditioning, check_range, checked_mask, schema, seed_input
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class PartTokenTrainer(io.ComfyNode):
             model, {"samples": samples}, chosen.layers, (noise_start, noise_end), timesteps, seed, positive,
             progress.advance,
         )  # fmt: skip
-        trained = _optimise(on_fastest_device(queries, model.load_device), painted, chosen, seed, progress)
+        trained = _optimise(for_training(queries, model.load_device), painted, chosen, seed, progress)
         token = _with_info(from_tensor(trained.embedding, name), trained, chosen, recipe, (noise_start, noise_end))
         title = f"{name}: {chosen.loss} loss {trained.losses[-1]:.4g} after {chosen.steps} steps"
         return io.NodeOutput(token, loss_curve(trained.losses, title), overlay(pictures, trained.heatmaps, painted))
@@ -245,7 +245,7 @@ def _optimise(
         progress.advance()
 
     with torch.inference_mode(False), torch.enable_grad():
-        return optimise_token(queries, masks.clone().to(queries[0].queries.device), recipe, seed, on_step)
+        return optimise_token(queries, masks.clone().to(queries[0].to_k.device), recipe, seed, on_step)
 
 
 def _with_info(

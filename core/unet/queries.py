@@ -78,21 +78,24 @@ def query_numbers(
     return pictures * timesteps * numbers
 
 
-def on_fastest_device(layers: list[LayerQueries], device: torch.device) -> list[LayerQueries]:
-    """The queries on `device`, if ComfyUI can make room for them there; otherwise where they are."""
+def for_training(layers: list[LayerQueries], device: torch.device) -> list[LayerQueries]:
+    """The keys on `device`, where the token is optimised, and the queries too if ComfyUI can make room for them there.
+
+    Queries that stay in main memory are streamed from it at every step, picture by picture.
+    """
     if comfy.model_management.is_device_cpu(device):
         return layers
-    numbers = sum(layer.queries.numel() for layer in layers)
-    needed = sum(layer.queries.nbytes for layer in layers) + 1.25 * 2**30
+    needed = 1.1 * sum(layer.queries.nbytes for layer in layers) + 2**29
     comfy.model_management.free_memory(needed, device)
-    if comfy.model_management.get_free_memory(device) < needed:
-        log.warning(
-            "Scalpel: %.1f GB for %d queries are not free on %s; training on the CPU", needed / 1e9, numbers, device
-        )
-        return layers
+    fits = comfy.model_management.get_free_memory(device) >= needed
+    if not fits:
+        log.warning("Scalpel: %.1f GB are not free on %s; the queries stay in main memory", needed / 1e9, device)
     with torch.inference_mode(False):
         return [
-            dataclasses.replace(layer, queries=layer.queries.to(device), to_k=layer.to_k.to(device)) for layer in layers
+            dataclasses.replace(
+                layer, queries=layer.queries.to(device) if fits else layer.queries, to_k=layer.to_k.to(device)
+            )
+            for layer in layers
         ]
 
 
