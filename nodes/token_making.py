@@ -20,8 +20,8 @@ class PartTokenFromText(io.ComfyNode):
             node_id="PartTokenFromText",
             display_name="Part Token from Text",
             category=TOKEN_CATEGORY,
-            description="The model's own word for a part as a part token: nothing to train, and as good as the word is. "
-            "The baseline that PartEdit's learned tokens are compared with.",
+            description="The model's own word for a part as a part token: nothing to train, and as good as the word "
+            "is. The baseline that PartEdit's learned tokens are compared with.",
             search_aliases=["partedit", "part token", "word attention", "daam"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The CLIP of the model that the token is used on."),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from scalpel.core.heatmap import part_attention
-from scalpel.core.part_token import PADDINGS, PartToken, family, from_tensor, load, save
+from scalpel.core.part_token import PADDINGS, PartToken, combine, family, from_tensor, load, save
 from scalpel.tests.tiny import randn
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # PyTorch's remark on damaged files
@@ -51,6 +52,96 @@ def test_a_pt_file_with_the_tensor_in_a_dictionary_or_as_a_parameter_loads(tmp_p
         token = load(tmp_path / name)
         assert torch.equal(token.embedding, EMBEDDING)
         assert not token.embedding.requires_grad
+
+
+def test_a_tensor_saved_on_a_gpu_loads_where_there_is_none(tmp_path):
+    torch.save(EMBEDDING, tmp_path / "cpu.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "cpu.pt") as saved,
+        zipfile.ZipFile(tmp_path / "gpu.pt", "w", zipfile.ZIP_STORED) as changed,
+    ):
+        for entry in saved.infolist():
+            content = saved.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                assert b"X\x03\x00\x00\x00cpu" in content
+                content = content.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
+            changed.writestr(entry, content)
+    assert torch.equal(load(tmp_path / "gpu.pt").embedding, EMBEDDING)
+
+
+# ---------------------------------------------------------------- several tokens in one file
+
+THREE = randn(3, 2, 32, seed=11)
+NOT_ONE = "where a file holds several part tokens, each is"
+
+
+def _saved(content, path):
+    (save_file if path.suffix == ".safetensors" else torch.save)(content, path)
+    return path
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 32), (6, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_the_authors_stack_of_several_tokens_is_one_token_of_several_parts(shape, dtype, suffix, tmp_path):
+    tensor = THREE.to(dtype).reshape(shape)
+    content = {"embedding": tensor} if suffix == ".safetensors" else tensor
+    token = load(_saved(content, tmp_path / f"body{suffix}"))
+    assert torch.equal(token.embedding, THREE.to(dtype).float().reshape(6, 32))
+    assert token.counts == (72, 1, 1, 1, 1, 1)
+    assert token.parts == {"body 1": (1,), "body 2": (3,), "body 3": (5,)}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_file_of_several_named_tokens_is_one_token_whose_parts_have_these_names(suffix, tmp_path):
+    content = {"head": THREE[0].clone(), "torso": THREE[1:2].half()}
+    token = load(_saved(content, tmp_path / f"body{suffix}"))
+    assert torch.equal(token.embedding, torch.cat([THREE[0], THREE[1].half().float()]))
+    assert token.counts == (74, 1, 1, 1)
+    assert token.parts == {"head": (1,), "torso": (3,)}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        (torch.zeros(3, 32), rf"its tensor 'torso' has the shape \[3, 32\]; {NOT_ONE}"),
+        (torch.zeros(4, 32), rf"its tensor 'torso' has the shape \[4, 32\]; {NOT_ONE}"),
+        (torch.zeros(32), rf"its tensor 'torso' has the shape \[32\]; {NOT_ONE}"),
+        (torch.zeros(2, 768), r"differ in width: 'head' is 32 \(unknown family\), 'torso' is 768 \(SD1.x\)"),
+        (torch.zeros(2, 32).int(), "'torso' holds torch.int32; floating-point numbers are needed"),
+        (torch.full((2, 32), float("inf")), "NaN or infinite"),
+    ],
+)
+def test_among_several_tokens_the_odd_one_is_named(odd, words, suffix, tmp_path):
+    path = _saved({"head": THREE[0].clone(), "torso": odd}, tmp_path / f"body{suffix}")
+    with pytest.raises(ValueError, match=f"^part token file 'body{suffix}': .*{words}"):
+        load(path)
+
+
+def test_something_else_among_several_tokens_of_a_pt_file_is_named(tmp_path):
+    path = _saved({"head": THREE[0], "torso": [1, 2]}, tmp_path / "body.pt")
+    with pytest.raises(ValueError, match="'torso' is not a part token"):
+        load(path)
+
+
+def test_parts_of_a_file_that_names_none_stay_apart(tmp_path):
+    metadata = {"part_rows": "[1, 3]", "count": "[74, 1, 1, 1]"}
+    save_file({"embedding": COMBINED.embedding}, tmp_path / "body.safetensors", metadata)
+    assert load(tmp_path / "body.safetensors").parts == {"body 1": (1,), "body 2": (3,)}
+
+
+def test_a_combined_token_and_one_of_words_are_saved_and_loaded_as_they_are(tmp_path):
+    words = PartToken(randn(77, 32, seed=12), (1, 2), (1,) * 77, ("car hood", "car hood"))
+    for i, token in enumerate((words, combine(COMBINED, words))):
+        path = tmp_path / f"{i}.safetensors"
+        save(token, path)
+        back = load(path)
+        assert torch.equal(back.embedding, token.embedding)
+        assert (back.counts, back.parts) == (token.counts, token.parts)
+
+
+# ---------------------------------------------------------------- saving
 
 
 def test_saving_and_loading_keeps_the_token_and_all_that_is_said_of_it(tmp_path):
