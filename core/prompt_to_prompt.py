@@ -92,9 +92,9 @@ class PromptControl:
 def align_replacement(source: Prompt, edit: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
     """(mapping, mapped) for prompts of which words were exchanged (Prompt-to-Prompt, word swap).
 
-    With equally many words, the i-th stands for the i-th; otherwise the words between those that both share do. A word
-    of as many tokens as its counterpart is mapped token by token, any other spreads each token evenly. Words that the
-    source lacks keep their own attention.
+    With equally many words the i-th stands for the i-th, as with the authors; where counts differ, or more words agree
+    that way, the words between those that both share stand for each other. A word of as many tokens as its counterpart
+    is mapped token by token, any other spreads each token evenly. Words that the source lacks keep their own attention.
     """
     pairs = _pair_words([w.tokens for w in source.words], [w.tokens for w in edit.words])
     mapping = torch.zeros(source.length, edit.length)
@@ -150,11 +150,12 @@ Pair = tuple[range, range]
 
 def _pair_words(source: list[tuple[Hashable, ...]], edit: list[tuple[Hashable, ...]]) -> list[Pair]:
     """Which words of the source stand for which of the edit, as ranges; one of the two may be empty."""
-    if len(source) == len(edit):
+    common = _common_subsequence(source, edit)
+    if len(source) == len(edit) and sum(a == b for a, b in zip(source, edit, strict=True)) == len(common):
         return [(range(i, i + 1), range(i, i + 1)) for i in range(len(source))]
     pairs: list[Pair] = []
     i = j = 0
-    for same_i, same_j in [*_common_subsequence(source, edit), (len(source), len(edit))]:
+    for same_i, same_j in [*common, (len(source), len(edit))]:
         if same_i - i == same_j - j:
             pairs += [(range(i + k, i + k + 1), range(j + k, j + k + 1)) for k in range(same_i - i)]
         else:

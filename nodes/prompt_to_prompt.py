@@ -22,9 +22,9 @@ class PromptToPrompt(io.ComfyNode):
             node_id="PromptToPrompt",
             display_name="Prompt to Prompt",
             category=f"{CATEGORY}/edit",
-            description="Encodes a source and an edit prompt and says which words take their attention from the source, "
-            "so that the edit keeps the source's layout. For the 'prompt_control' of a Feature Blend Sampler, alone "
-            "or with a part token.",
+            description="Encodes a source and an edit prompt and says which words take their attention from the "
+            "source, so that the edit keeps the source's layout. For the 'prompt_control' of a Feature Blend Sampler, "
+            "alone or with a part token.",
             search_aliases=["p2p", "cross attention control", "attention replace", "attention refine"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of an SD1.x, SD2.x or SDXL model."),
@@ -121,9 +121,7 @@ def check_prompt_control(control: PromptControl, source: Any, edit: Any, edits: 
                 )
 
 
-def _per_word(
-    clip: Any, edit: Prompt, name: str, text: str, low: float, high: float, default: float
-) -> torch.Tensor:
+def _per_word(clip: Any, edit: Prompt, name: str, text: str, low: float, high: float, default: float) -> torch.Tensor:
     """[edit tokens]: the numbers that `text` ("robot: 0.4, big dog: 0.2") gives to words, `default` for the others."""
     values = torch.full((edit.length,), float(default))
     for item in filter(None, (piece.strip() for piece in text.replace("\n", ",").split(","))):

@@ -1,6 +1,7 @@
-"""The node reproduces what the PartEdit authors' own program computed, at four UNet rows a step (golden/partedit_a).
+"""The node reproduces what the PartEdit authors' own program computed, at four UNet rows a step (golden/partedit_*).
 
-Their program runs three paths (source, edit, localisation) of two rows each; two paths give the same numbers.
+Their program runs three paths (source, edit, localisation) of two rows each; two paths give the same numbers. One case
+is blending alone, the other has their Prompt-to-Prompt replacement with it.
 """
 
 from __future__ import annotations
@@ -12,18 +13,32 @@ import torch
 import torch.nn.functional as F
 
 from scalpel.core.part_token import from_tensor
+from scalpel.core.prompt_to_prompt import PromptControl
 from scalpel.core.unet import sampling
 from scalpel.core.unet.blend import FeatureBlend
 from scalpel.tests import tiny
 
-CASE, GOLDEN = tiny.golden_case("partedit_a")
-STEPS = range(CASE["steps"])
+CASES = {name: tiny.golden_case(name) for name in ("partedit_a", "partedit_p2p")}
+STEPS = range(8)
+ROBOT = 5
+"""Place of the edit word: start, a, closeup, of, a, robot."""
+
+
+def prompt_control(case, golden):
+    """All words for all steps, the edit word for fewer; word counts are equal, so each token is its own counterpart."""
+    if not case["cross_replace"]:
+        return None
+    until = torch.full((77,), case["cross_replace"]["default"])
+    until[ROBOT] = case["cross_replace"]["robot"]
+    contexts = golden["positive"].split(1)
+    return PromptControl(torch.eye(77), torch.ones(77), until, torch.ones(77), 0.0, contexts[:1], contexts[1:])
 
 
 class Run:
     """One run of FeatureBlendSamplerAdvanced on the golden inputs, with every step's latents kept."""
 
-    def __init__(self, patcher, monkeypatch):
+    def __init__(self, name, patcher, monkeypatch):
+        case, golden = self.case, self.golden = CASES[name]
         self.latents = []
         self.states = []
         self.counted = tiny.CountedCalls()
@@ -34,15 +49,15 @@ class Run:
         monkeypatch.setattr(sampling, "FeatureBlend", kept)
         size = tiny.SIZE
         conditionings = {
-            "source": [[GOLDEN["positive"][:1], {"pooled_output": GOLDEN["positive_pooled"][:1], **size}]],
-            "edit": [[GOLDEN["positive"][1:], {"pooled_output": GOLDEN["positive_pooled"][1:], **size}]],
-            "negative": [[GOLDEN["negative"], {"pooled_output": GOLDEN["negative_pooled"], **size}]],
+            "source": [[golden["positive"][:1], {"pooled_output": golden["positive_pooled"][:1], **size}]],
+            "edit": [[golden["positive"][1:], {"pooled_output": golden["positive_pooled"][1:], **size}]],
+            "negative": [[golden["negative"], {"pooled_output": golden["negative_pooled"], **size}]],
         }
         self.output = tiny.edit(
-            self.counted.attach(patcher), tiny.SDXL, **conditionings, noise=tiny.NoNoise(), sigmas=GOLDEN["sigmas"],
-            sampler=comfy.samplers.KSAMPLER(self._euler), cfg=CASE["cfg"], omega=CASE["omega"],
-            latent_image={"samples": patcher.get_model_object("latent_format").process_out(GOLDEN["x_0"])},
-            part_token=from_tensor(GOLDEN["part_embedding"], "head"),
+            self.counted.attach(patcher), tiny.SDXL, **conditionings, noise=tiny.NoNoise(), sigmas=golden["sigmas"],
+            sampler=comfy.samplers.KSAMPLER(self._euler), cfg=case["cfg"], omega=case["omega"],
+            latent_image={"samples": patcher.get_model_object("latent_format").process_out(golden["x_0"])},
+            part_token=from_tensor(golden["part_embedding"], "head"), prompt_control=prompt_control(case, golden),
         )  # fmt: skip
 
     def _euler(self, model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
@@ -56,21 +71,22 @@ class Run:
         return last
 
 
-@pytest.fixture(scope="module", params=["cond and uncond in one call", "in two calls"])
+@pytest.fixture(scope="module", params=[(name, calls) for name in CASES for calls in (1, 2)], ids=str)
 def run(request):
-    patcher = tiny.golden_model("partedit_a")
-    if request.param == "in two calls":
+    name, calls = request.param  # cond and uncond in one call of the UNet, or in two
+    patcher = tiny.golden_model(name)
+    if calls == 2:
         patcher = tiny.short_of_memory(patcher)
     with torch.inference_mode(), pytest.MonkeyPatch.context() as monkeypatch:
-        done = Run(patcher, monkeypatch)
-    done.calls_per_step = 2 if request.param == "in two calls" else 1
+        done = Run(name, patcher, monkeypatch)
+    done.calls_per_step = calls
     return done
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_latents_are_the_authors_to_1e_5_after_each_step(run, step):
     edited, source = run.latents[step]
-    golden_source, golden_edited = GOLDEN["x"][step]
+    golden_source, golden_edited = run.golden["x"][step]
     assert tiny.relative(source, golden_source) < 1e-5
     assert tiny.relative(edited, golden_edited) < 1e-5
 
@@ -80,13 +96,13 @@ def test_masks_are_the_authors_to_1e_3_in_the_mean_after_each_step(run, step):
     mask = run.output.step_masks[step]
     assert mask.shape == (1024, 1024)
     small = F.avg_pool2d(mask[None], 4)[0]
-    assert (small - GOLDEN["masks"][step]).abs().mean() < 1e-3
+    assert (small - run.golden["masks"][step]).abs().mean() < 1e-3
 
 
 def test_otsu_s_thresholds_are_the_authors_to_one_bin(run):
     (state,) = run.states
-    thresholds = [state.thresholds[float(sigma)][0] for sigma in GOLDEN["sigmas"][:-1]]
-    assert thresholds == pytest.approx(GOLDEN["otsu"].tolist(), abs=1 / 256)
+    thresholds = [state.thresholds[float(sigma)][0] for sigma in run.golden["sigmas"][:-1]]
+    assert thresholds == pytest.approx(run.golden["otsu"].tolist(), abs=1 / 256)
 
 
 def test_the_outputs_are_the_last_latents_and_the_mean_of_the_masks(run):
@@ -98,8 +114,8 @@ def test_the_outputs_are_the_last_latents_and_the_mean_of_the_masks(run):
 
 
 def test_a_step_costs_four_unet_rows(run):
-    assert run.counted.rows_per_sigma() == {float(sigma): 4 for sigma in GOLDEN["sigmas"][:-1]}
-    assert run.counted.rows == [4 // run.calls_per_step] * run.calls_per_step * CASE["steps"]
+    assert run.counted.rows_per_sigma() == {float(sigma): 4 for sigma in run.golden["sigmas"][:-1]}
+    assert run.counted.rows == [4 // run.calls_per_step] * run.calls_per_step * run.case["steps"]
 
 
 @pytest.mark.parametrize("edits", [1, 2, 3])

@@ -138,8 +138,8 @@ class PromptControlRun:
                     queries = layer.block.attn2.to_q(hidden[rows])
                     tokens = layer.block.attn2.to_k(keys[rows][0, :length])
                     counts = torch.ones(length, device=n.device)
-                    maps = part_attention(queries, tokens, counts, words, layer.heads)
-                    self._word_maps[name].add(maps.sum(1, keepdim=True), h, w)
+                    maps = part_attention(queries, tokens, counts, (words,), layer.heads)
+                    self._word_maps[name].add(maps, h, w)
         return n, context, value
 
     def _blend_locally(self, arguments: dict[str, Any]) -> torch.Tensor:
@@ -158,7 +158,7 @@ class PromptControlRun:
         return blended
 
     def _word_mask(self, maps: HeatmapSum, latent: torch.Size) -> torch.Tensor:
-        """[rows, 1, h, w] of the latent: 1 where the map so far, widened by a cell of its own, exceeds the threshold."""
+        """[rows, 1, h, w] of the latent: 1 where the map so far, widened by one of its cells, exceeds the threshold."""
         wide = F.max_pool2d(maps.mean(self._word_size), 3, 1, 1)
         found = F.interpolate(wide, latent[-2:], mode="bilinear", align_corners=False)
         return (found > LOCAL_BLEND_THRESHOLD * found.amax((-2, -1), keepdim=True)).float()

@@ -24,8 +24,8 @@ def read_prompt(clip: Any, text: str, name: str = "text") -> Prompt:
         ]  # one per encoder
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"clip: {type(clip.tokenizer).__name__} does not split text as CLIP does; accepted are the text encoders of "
-            "SD1.x, SD2.x and SDXL"
+            f"clip: {type(clip.tokenizer).__name__} does not split text as CLIP does; accepted are the text encoders "
+            "of SD1.x, SD2.x and SDXL"
         ) from error
     first, *others = readings
     if any(other.words != first.words for other in others):
