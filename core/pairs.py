@@ -84,7 +84,9 @@ def load_pairs(pairs: list[Pair], size: int) -> Pairs:
     size: 0 keeps the files' own size, which must be one for all. Otherwise the shorter side is scaled to `size` and
     the middle square is kept.
     """
-    images, masks, cropped = [], [], []
+    images: list[torch.Tensor] = []
+    masks: list[torch.Tensor] = []
+    cropped: list[str] = []
     for pair in pairs:
         picture, mask = _read_picture(pair.picture), _read_mask(pair.mask)
         if picture.size != mask.size:
@@ -150,8 +152,9 @@ def _opened(path: Path) -> Any:
     """The file's one picture, turned as its EXIF orientation says."""
     try:
         with Image.open(path) as file:
-            if getattr(file, "n_frames", 1) > 1:
-                raise ValueError(f"it is an animation of {file.n_frames} pictures")
+            frames = getattr(file, "n_frames", 1)
+            if frames > 1:
+                raise ValueError(f"it is an animation of {frames} pictures")
             file.load()
             return ImageOps.exif_transpose(file)
     except _UNREADABLE as error:
