@@ -193,9 +193,21 @@ def _checked_pictures(vae: Any, images: torch.Tensor, masks: torch.Tensor) -> tu
 def _checked_masks(masks: torch.Tensor, pictures: int, size: tuple[int, int]) -> torch.Tensor:
     """One mask per picture, [n, H, W] in 0…1 at the pictures' size."""
     each = masks[None] if masks.ndim == 2 else masks
-    if each.ndim == 3 and len(each) != pictures:
-        raise ValueError(f"masks: {len(each)} masks for {pictures} images; give one mask per image")
-    for i, mask in enumerate(each, 1):
+    if each.ndim == 4 and each.shape[1] == 1:
+        each = each[:, 0]
+    if each.ndim == 3:
+        _check_painted(each, pictures)
+    checked = checked_mask(each, pictures, size, "masks")
+    if checked.shape[-2:] != size:
+        checked = F.interpolate(checked[:, None], size, mode="bilinear", antialias=True)[:, 0].clamp(0, 1)
+    return checked
+
+
+def _check_painted(masks: torch.Tensor, pictures: int) -> None:
+    """ValueError unless there is a mask for each picture, with something painted and something not."""
+    if len(masks) != pictures:
+        raise ValueError(f"masks: {len(masks)} masks for {pictures} images; give one mask per image")
+    for i, mask in enumerate(masks, 1):
         if mask.max() < 0.5:
             raise ValueError(
                 f"masks: the mask of image {i} is empty (its largest value is {float(mask.max()):.3g}); paint the part "
@@ -203,10 +215,6 @@ def _checked_masks(masks: torch.Tensor, pictures: int, size: tuple[int, int]) ->
             )
         if mask.min() > 0.5:
             raise ValueError(f"masks: the mask of image {i} covers the whole picture; paint the part alone")
-    checked = checked_mask(each, pictures, size, "masks")
-    if checked.shape[-2:] != size:
-        checked = F.interpolate(checked[:, None], size, mode="bilinear", antialias=True)[:, 0].clamp(0, 1)
-    return checked
 
 
 def _encode(model: Any, vae: Any, pictures: torch.Tensor) -> torch.Tensor:
@@ -244,6 +252,7 @@ def _optimise(
             )
         progress.advance()
 
+    log.info("Scalpel: training for %d steps, %s loss", recipe.steps, recipe.loss)
     with torch.inference_mode(False), torch.enable_grad():
         return optimise_token(queries, masks.clone().to(queries[0].to_k.device), recipe, seed, on_step)
 
