@@ -13,6 +13,7 @@ import torch
 
 from ..core import part_token
 from ..nodes.feature_blend import FeatureBlendSampler
+from ..nodes.prompt_to_prompt import PromptToPrompt
 from ..partsworld import loader, tokens
 from ..partsworld.scene import BACKGROUNDS, COLOURS, MAIN_PART, PARTS, part_phrase
 from ._pictures import encode
@@ -143,6 +144,36 @@ class Editor:
             ).args  # fmt: skip
             before, after = (vae.decode(latent["samples"]).cpu() for latent in (source, edited))
         return Edited(before, after, source["samples"], masks.cpu())
+
+    def with_prompt_to_prompt(self, asked: Sequence[Wish], **words: Any) -> torch.Tensor:
+        """PartEdit with Prompt-to-Prompt as in its authors' demo: all words take the source's attention in all steps,
+        the word that differs in 0.4 of them. words: other inputs of the PromptToPrompt node.
+
+        Pictures [n, 256, 256, 3]; edits in style "object", which differ from the source in one word.
+        """
+        return torch.cat([self._controlled(wish, self.token(wish), words) for wish in asked])
+
+    def prompt_to_prompt(self, asked: Sequence[Wish], **words: Any) -> torch.Tensor:
+        """The same without blending."""
+        return torch.cat([self._controlled(wish, None, words) for wish in asked])
+
+    def _controlled(self, wish: Wish, token: Any, words: dict[str, Any]) -> torch.Tensor:
+        how = self.how
+        model, clip, vae = self.models
+        settings = {
+            "source_text": wish.source, "edit_text": wish.edit("object"), "mode": "replace", "cross_replace": 1.0,
+            "self_replace": 0.0, "word_cross_replace": f"{wish.wanted}: 0.4", "word_weights": "",
+            "local_blend_words": "",
+        }  # fmt: skip
+        with torch.inference_mode():
+            control, source, edit = PromptToPrompt.execute(clip, **{**settings, **words}).args
+            edited = FeatureBlendSampler.execute(
+                model, source, edit, encode(clip, [""]), _latent([wish]), how.seed, how.steps, how.cfg,
+                how.sampler_name, how.scheduler, 1.0, how.omega, how.blend_until, how.layers, "background",
+                part_token=token, prompt_control=control,
+            ).args[0]  # fmt: skip
+            pictures: torch.Tensor = vae.decode(edited["samples"]).cpu()
+        return pictures
 
     def generate(self, asked: Sequence[Wish]) -> torch.Tensor:
         """The sources [n, 256, 256, 3] alone: KSampler."""

@@ -32,6 +32,7 @@ CELL = 8  # pixels of one latent cell
 RIM = 4  # pixels inside a part's edge that its colour is not told from
 PILOT = 1000  # number of the first edit of the pilots; the counted ones start at 0
 TOKEN = "PartEdit, part token"
+CONTROLLED = "PartEdit, part token, Prompt-to-Prompt"
 GIVEN = "PartEdit, the judge's mask instead"
 ALONE = "edit prompt alone, same noise"
 
@@ -143,6 +144,7 @@ class PartBench:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and edited pictures of each method."""
         yield TOKEN, done.edited
+        yield CONTROLLED, self.editor.with_prompt_to_prompt(asked)
         yield GIVEN, self.editor.partedit(asked, style, torch.from_numpy(np.stack(parts)).float()).edited
         yield ALONE, self.editor.prompt_alone(asked, style)
         for denoise in denoises:
