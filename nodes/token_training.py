@@ -17,7 +17,7 @@ from comfy_api.latest import io
 from ..core.charts import loss_curve, overlay
 from ..core.part_token import PartToken, family, from_tensor
 from ..core.token_training import LOSSES, RECIPES, LayerQueries, Recipe, Trained, optimise_token
-from ..core.unet.layers import HELP, layer_table
+from ..core.unet.layers import HELP, layer_table, native_latent_size
 from ..core.unet.queries import collect_queries, for_training
 from .common import CATEGORY, PartTokenType, check_conditioning, check_range, checked_mask, schema, seed_input
 
@@ -119,6 +119,7 @@ class PartTokenTrainer(io.ComfyNode):
         if positive is not None:
             check_conditioning("positive", positive, model)
         pictures, painted = _checked_pictures(vae, images, masks)
+        _warn_of_size(pictures, 8 * native_latent_size(model))
         progress = _Progress(len(pictures) * timesteps + chosen.steps)
         samples = _encode(model, vae, pictures)
         queries = collect_queries(
@@ -188,6 +189,13 @@ def _checked_pictures(vae: Any, images: torch.Tensor, masks: torch.Tensor) -> tu
         h, w = pictures.shape[1:3]
         log.info("Scalpel: training on the middle %d × %d of the pictures, which the VAE can encode", w, h)
     return pictures, cropped
+
+
+def _warn_of_size(pictures: torch.Tensor, native: int) -> None:
+    """Say so if the pictures have less than half or more than twice the pixels that the model is made for."""
+    h, w = pictures.shape[1:3]
+    if not 0.5 <= h * w / native**2 <= 2:
+        log.warning("Scalpel: the pictures are %d × %d, and the model was made for %d × %d", w, h, native, native)
 
 
 def _checked_masks(masks: torch.Tensor, pictures: int, size: tuple[int, int]) -> torch.Tensor:

@@ -240,6 +240,19 @@ def test_queries_that_do_not_fit_into_memory_are_refused_before_the_model_runs(m
     assert counted.rows == []
 
 
+@pytest.mark.parametrize("free", [10**12, 10**8], ids=["room", "no room"])
+def test_queries_go_to_the_gpu_if_there_is_room_and_are_streamed_if_not(model, free, monkeypatch):
+    """The "meta" device stands for a GPU."""
+    layers, asked = collect(model), []
+    monkeypatch.setattr(comfy.model_management, "free_memory", lambda needed, device: asked.append(needed))
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: free)
+    moved = queries.for_training(layers, torch.device("meta"))
+    assert {layer.to_k.device.type for layer in moved} == {"meta"}
+    assert {layer.queries.device.type for layer in moved} == {"meta" if free == 10**12 else "cpu"}
+    assert asked[0] > sum(layer.queries.nbytes for layer in layers)
+    assert queries.for_training(layers, torch.device("cpu")) is layers
+
+
 # ---------------------------------------------------------------- the node
 
 
@@ -368,6 +381,13 @@ def test_a_cancelled_training_leaves_nothing_and_the_next_one_works(demo, point,
     assert not torch.is_grad_enabled() or torch.is_inference_mode_enabled()
     monkeypatch.undo()
     assert torch.equal(train(demo, steps=4)[0].embedding, expected)
+
+
+def test_pictures_far_from_the_models_own_size_are_warned_of(demo, caplog):
+    for height, width, warned in ((256, 256, False), (256, 128, False), (128, 120, True), (512, 320, True)):
+        caplog.clear()
+        token_training._warn_of_size(torch.zeros(1, height, width, 3), 256)
+        assert (f"{width} × {height}" in caplog.text) is warned
 
 
 # ---------------------------------------------------------------- pictures and masks
