@@ -8,7 +8,7 @@ softmax is a sigmoid of the difference of their logits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,18 +21,30 @@ LOSSES = ("bce", "l2")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a token is optimised. layers: a selection as in `core/unet/layers.py`."""
+    """How a token is optimised.
+
+    layers: a selection as in `core/unet/layers.py`. background: how often the background's key stands in the softmax.
+    scale: what is stretched to 0…1 before the loss, each "image"'s map for itself, or the whole "tensor" of all
+    images' part and background maps. resolution: longer side at which map and mask are compared, 0 for the masks'
+    own. schedule: "cosine" falls to zero at the last step, "step" by 0.7 every 80 steps.
+    """
 
     steps: int
     learning_rate: float
     loss: str
     layers: str
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    background: int = CONTEXT_LENGTH - 1
+    scale: str = "image"
+    resolution: int = 64
 
 
 RECIPES = {
-    "paper": Recipe(steps=2000, learning_rate=30.0, loss="l2", layers="first8"),
+    "paper": Recipe(2000, 30.0, "l2", "first8", 0.01, schedule="step", background=1, scale="tensor", resolution=0),
     "fast": Recipe(steps=500, learning_rate=0.2, loss="bce", layers="decoder"),
 }
+"""The authors' training as their program runs it, and the one that is better on parts-world (`bench/tokens.py`)."""
 
 
 @dataclass(frozen=True)
@@ -61,24 +73,142 @@ class Trained:
     heatmaps: torch.Tensor
 
 
+# ---------------------------------------------------------------- the map that a token draws
+
+
+class _SummedAttention(torch.autograd.Function):
+    """Sigmoids of queries · difference, summed over timesteps and heads.
+
+    One image at a time is brought to the difference's device in single precision, forward and again backward: beside
+    the queries as they are, only the sigmoids [images, timesteps, pixels, heads] are held.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, difference: torch.Tensor, queries: torch.Tensor,
+                shift: float) -> torch.Tensor:  # fmt: skip
+        """difference: [heads, d], part key minus background key, scaled; queries: [images, timesteps, pixels,
+        heads·d]. Returns [images, pixels].
+        """
+        blocks = torch.block_diag(*difference).T
+        attention = blocks.new_empty(*queries.shape[:-1], len(difference))
+        for image, a in zip(queries, attention, strict=True):
+            torch.matmul(image.to(blocks), blocks, out=a)
+        attention.sub_(shift).sigmoid_()
+        ctx.queries = queries  # type: ignore[attr-defined]
+        ctx.save_for_backward(attention)
+        return attention.sum((1, 3))
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (attention,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        heads = attention.shape[-1]
+        queries: torch.Tensor = ctx.queries  # type: ignore[attr-defined]
+        total = attention.new_zeros(queries.shape[-1], heads)
+        for image, a, gradient in zip(queries, attention, gradients[0], strict=True):
+            slope = a * (1 - a) * gradient[:, None]
+            total.addmm_(image.to(slope).flatten(0, 1).T, slope.flatten(0, 1))
+        return total.view(heads, -1, heads).diagonal(dim1=0, dim2=2).T, None, None
+
+
+def _summed_map(
+    embedding: torch.Tensor, layers: Sequence[LayerQueries], size: tuple[int, int], background: int, in_two: bool
+) -> torch.Tensor:
+    """Attention on the part, summed over timesteps, heads and layers: [images, H, W].
+
+    in_two: resize to the largest layer first, as the authors do, and not at once.
+    """
+    sums: dict[tuple[int, int], torch.Tensor] = {}
+    for layer in layers:
+        keys = (embedding[1] - embedding[0]) @ layer.to_k.T
+        difference = keys.view(layer.heads, -1)
+        difference = difference * difference.shape[-1] ** -0.5
+        attention = _SummedAttention.apply(difference, layer.queries, math.log(background))
+        maps = attention.unflatten(1, (layer.h, layer.w))
+        sums[layer.h, layer.w] = sums[layer.h, layer.w] + maps if (layer.h, layer.w) in sums else maps
+    if in_two:
+        largest = max(sums, key=lambda hw: hw[0] * hw[1])
+        sums = {largest: torch.stack([_resize(maps, largest) for maps in sums.values()]).sum(0)}
+    return torch.stack([_resize(maps, size) for maps in sums.values()]).sum(0)
+
+
+def _resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def _count(layers: Sequence[LayerQueries]) -> int:
+    """How many attention maps are summed per image."""
+    return sum(layer.queries.shape[1] * layer.heads for layer in layers)
+
+
 def predicted_map(embedding: torch.Tensor, layers: list[LayerQueries], size: tuple[int, int]) -> torch.Tensor:
     """Mean attention on the part over layers, heads and timesteps, [images, H, W] in 0…1.
 
     embedding: [2, context_dim], background and part. The background counts as often as it stands in the padded
-    context at inference.
+    context at inference; every head counts the same, as in `heatmap.py`.
     """
-    shift = math.log(CONTEXT_LENGTH - 1)
-    sums: dict[tuple[int, int], torch.Tensor] = {}
+    return _summed_map(embedding, layers, size, CONTEXT_LENGTH - 1, in_two=False) / _count(layers)
+
+
+# ---------------------------------------------------------------- loss
+
+
+def token_loss(
+    embedding: torch.Tensor, layers: Sequence[LayerQueries], masks: torch.Tensor, recipe: Recipe
+) -> torch.Tensor:
+    """What the recipe minimises, a scalar. masks: [images, H, W] in 0…1 at the loss's resolution."""
+    together = recipe.scale == "tensor"
+    maps = _summed_map(embedding, layers, (masks.shape[-2], masks.shape[-1]), recipe.background, in_two=together)
+    if together:
+        maps = torch.cat([_count(layers) - maps, maps])  # what is not on the part is on the background
+        masks = torch.cat([1 - masks, masks])
+        scaled = (maps - maps.min()) / (maps.max() - maps.min() + 1e-8)
+    else:
+        scaled = _scale_each(maps).clamp(1e-5, 1 - 1e-5)
+    return F.mse_loss(scaled, masks) if recipe.loss == "l2" else F.binary_cross_entropy(scaled, masks)
+
+
+def _scale_each(maps: torch.Tensor) -> torch.Tensor:
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    return (maps - low) / (high - low + 1e-8)
+
+
+def _targets(masks: torch.Tensor, resolution: int) -> torch.Tensor:
+    """masks at the loss's resolution: binary at their own, area averages at a lower one."""
+    h, w = masks.shape[-2:]
+    size = _loss_size(h, w, resolution)
+    if size == (h, w):
+        return (masks > 0.5).to(masks.dtype)
+    return F.interpolate(masks[:, None], size, mode="area")[:, 0]
+
+
+def _loss_size(h: int, w: int, resolution: int) -> tuple[int, int]:
+    if resolution == 0 or max(h, w) <= resolution:
+        return h, w
+    return max(1, round(h * resolution / max(h, w))), max(1, round(w * resolution / max(h, w)))
+
+
+MAPS_HELD = {"image": 8, "tensor": 16}
+"""How many maps of an image the loss and its gradient hold at once at the loss's resolution, the mask included."""
+
+
+def optimisation_bytes(layers: Sequence[LayerQueries], size: tuple[int, int], recipe: Recipe) -> int:
+    """Memory that `optimise_token` takes at its peak with masks of this size, the queries and all else together.
+
+    Only shapes and types of `layers` are read: queries on the device "meta" tell before there are any.
+    """
+    images = layers[0].queries.shape[0]
+    h, w = _loss_size(*size, recipe.resolution)
+    kept, work = 0, 0
     for layer in layers:
-        keys = embedding @ layer.to_k.T
-        difference = (keys[1] - keys[0]).view(layer.heads, -1)
-        queries = layer.queries.unflatten(-1, (layer.heads, -1))
-        logits = torch.einsum("btphd,hd->btph", queries, difference) * difference.shape[-1] ** -0.5
-        attention = torch.sigmoid(logits - shift).mean((1, 3)).unflatten(1, (layer.h, layer.w))
-        previous = sums.get((layer.h, layer.w))
-        sums[layer.h, layer.w] = attention if previous is None else previous + attention
-    resized = [F.interpolate(m[:, None], size, mode="bilinear", align_corners=False)[:, 0] for m in sums.values()]
-    return torch.stack(resized).sum(0) / len(layers)
+        positions = layer.queries.shape[1] * layer.h * layer.w
+        kept += layer.queries.numel() * layer.queries.element_size() + 4 * layer.to_k.numel()
+        kept += 4 * images * (positions * layer.heads + 3 * layer.h * layer.w)
+        copied = layer.queries.shape[-1] if layer.queries.dtype != torch.float32 else 0
+        work = max(work, 4 * positions * (copied + 3 * layer.heads))
+    return kept + work + 4 * images * MAPS_HELD[recipe.scale] * h * w
+
+
+# ---------------------------------------------------------------- optimisation
 
 
 def optimise_token(
@@ -90,30 +220,33 @@ def optimise_token(
 ) -> Trained:
     """A token whose attention is high on the part and low elsewhere.
 
-    masks: [images, H, W] in 0…1 (any resolution). `on_step(step, loss)` is called after each step and may raise to
-    cancel. Must be called outside `torch.inference_mode`, with ordinary tensors.
+    masks: [images, H, W] in 0…1 (any resolution); the optimisation runs on their device, the queries may lie
+    elsewhere. `on_step(step, loss)` is called after each step and may raise to cancel. Must be called outside
+    `torch.inference_mode`, with ordinary tensors.
     """
-    masks = F.interpolate(masks[:, None], (64, 64), mode="area")[:, 0]
+    masks = _targets(masks.float(), recipe.resolution)
     generator = torch.Generator().manual_seed(seed)
     width = layers[0].to_k.shape[1]
-    embedding = (torch.randn(2, width, generator=generator) * 0.5).to(masks.device).requires_grad_()
-    optimiser = torch.optim.Adam([embedding], lr=recipe.learning_rate, betas=(0.9, 0.99))
+    embedding = torch.randn(2, width, generator=generator).to(masks.device).requires_grad_()
+    optimiser = torch.optim.AdamW([embedding], lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(recipe, step))
     losses = []
     for step in range(recipe.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
-        heatmap = predicted_map(embedding, layers, (masks.shape[-2], masks.shape[-1]))
-        if step >= recipe.steps // 2:
-            low, high = heatmap.amin(), heatmap.amax()
-            heatmap = (heatmap - low) / (high - low + 1e-8)
-        loss = F.binary_cross_entropy(heatmap.clamp(1e-5, 1 - 1e-5), masks)
+        loss = token_loss(embedding, layers, masks, recipe)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+        schedule.step()
         losses.append(loss.item())
         if on_step is not None:
             on_step(step, losses[-1])
     with torch.no_grad():
-        maps = predicted_map(embedding, layers, (masks.shape[-2], masks.shape[-1]))
-        low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    return Trained(embedding.detach().cpu().float(), losses, ((maps - low) / (high - low + 1e-8)).cpu())
+        maps = _scale_each(predicted_map(embedding, layers, (masks.shape[-2], masks.shape[-1])))
+    return Trained(embedding.detach().cpu(), losses, maps.cpu())
+
+
+def _rate(recipe: Recipe, step: int) -> float:
+    """The learning rate at a step, as a fraction of the recipe's."""
+    if recipe.schedule == "step":
+        return 0.7 ** (step // 80)
+    return 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
