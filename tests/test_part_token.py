@@ -14,7 +14,10 @@ from scalpel.core.heatmap import part_attention
 from scalpel.core.part_token import PADDINGS, PartToken, combine, family, from_tensor, load, save
 from scalpel.tests.tiny import randn
 
-pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # PyTorch's remark on damaged files
+pytestmark = [  # PyTorch's remarks on damaged and on sparse files
+    pytest.mark.filterwarnings("ignore:Detected pickle protocol"),
+    pytest.mark.filterwarnings("ignore:Validating sparse tensor"),
+]
 EMBEDDING = randn(2, 32, seed=1)
 COMBINED = PartToken(
     randn(4, 32, seed=2),

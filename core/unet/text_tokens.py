@@ -58,7 +58,8 @@ def _words_of(chunk: Chunk, start: int, end: int, width: int | None) -> list[int
 
     Embedding vectors of another width than the encoder's are left out by ComfyUI, and what follows moves up.
     """
-    words, place = [], 0
+    words: list[int] = []
+    place = 0
     for token, *_ in chunk:
         if isinstance(token, torch.Tensor):
             if width is not None and token.shape[-1] != width:
@@ -78,7 +79,7 @@ def _words_of(chunk: Chunk, start: int, end: int, width: int | None) -> list[int
 def _input_width(clip: Any, encoder: str) -> int | None:
     """Width of a text encoder's token embeddings, or None where its model is not built as ComfyUI's CLIP models are."""
     models = clip.cond_stage_model
-    model = getattr(models, f"clip_{encoder}", None) or getattr(models, encoder, None)
+    model: Any = getattr(models, f"clip_{encoder}", None) or getattr(models, encoder, None)
     try:
         return int(model.transformer.get_input_embeddings().weight.shape[-1])
     except AttributeError:
