@@ -110,7 +110,7 @@ class PartTokenTrainer(io.ComfyNode):
         positive: Any = None,
     ) -> io.NodeOutput:  # fmt: skip
         table = layer_table(model)  # refuses models without a U-Net before anything is computed
-        name = name.strip()
+        name = " ".join(name.split())
         if not name:
             raise ValueError("name: it is empty; say what the part is called, for instance 'head'")
         chosen = _checked_recipe(recipe, steps, learning_rate, loss, layers)

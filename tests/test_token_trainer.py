@@ -279,6 +279,10 @@ def test_a_token_is_learned_and_its_heat_map_lies_on_the_part(demo):
     assert inside > 3 * outside
 
 
+def test_a_name_of_several_lines_becomes_one(demo):
+    assert train(demo, steps=1, name=" left\n  ear ")[0].names == ("left ear",)
+
+
 def test_the_token_says_how_it_was_trained(demo):
     info = train(demo, recipe="paper", steps=2, learning_rate=0.5, loss="bce")[0].info
     assert json.loads(info.pop("noise_range")) == [0.6, 0.05]
