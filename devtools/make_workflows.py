@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import token_workflows
 from .server import CHECKOUT, ComfyServer
 from .workflow_files import Json, Node, Workflow
 
@@ -131,6 +132,10 @@ def files(info: Json) -> dict[Path, Json]:
     for name, api_name, flow in (
         ("Edit one part", "edit_one_part", edit_one_part(DEMO, info)),
         ("Find a part (heat map)", "find_a_part", find_a_part(DEMO, info)),
+        ("Train a part token", "train_a_token", token_workflows.train_a_token(info)),
+        ("Edit with your token", "edit_with_your_token", token_workflows.edit_with_your_token(info)),
+        ("Two parts at once", "two_parts", token_workflows.two_parts(info)),
+        ("Word or token (heat maps)", "word_or_token", token_workflows.word_or_token(info)),
         ("Edit one part (SDXL)", "edit_one_part_sdxl", edit_one_part(SDXL, info)),
         ("Find a part (SDXL)", "find_a_part_sdxl", find_a_part(SDXL, info)),
     ):

@@ -15,6 +15,8 @@ from .common import CATEGORY, check_range, schema
 log = logging.getLogger(__name__)
 
 LARGEST = 8192
+PICTURES = Path(__file__).resolve().parent.parent / "partsworld" / "pictures"
+_OWN_PICTURES = {folder.name for folder in PICTURES.iterdir()}
 
 
 class PartTokenDataset(io.ComfyNode):
@@ -30,7 +32,8 @@ class PartTokenDataset(io.ComfyNode):
             inputs=[
                 io.String.Input(
                     "directory", default="",
-                    tooltip="The folder: relative to ComfyUI's input folder, or a full path on the server.",
+                    tooltip="The folder: relative to ComfyUI's input folder, or a full path on the server. "
+                    "'partsworld_figure_head' comes with Scalpel, for the demo model.",
                 ),
                 io.Int.Input(
                     "size", default=0, min=0, max=LARGEST,
@@ -78,5 +81,8 @@ def _pairs(directory: str, limit: int) -> list[Pair]:
     text = directory.strip().strip("\"'")
     if not text:
         raise ValueError("it is empty; name a folder in ComfyUI's input folder, or give a full path")
-    pairs = find_pairs(Path(folder_paths.get_input_directory()) / Path(text).expanduser())
+    folder = Path(folder_paths.get_input_directory()) / Path(text).expanduser()
+    if not folder.exists() and text in _OWN_PICTURES:
+        folder = PICTURES / text
+    pairs = find_pairs(folder)
     return pairs[:limit] if limit else pairs

@@ -20,6 +20,10 @@ WORKFLOWS = CHECKOUT / "example_workflows"
 API_FILE = {
     "Edit one part": "edit_one_part",
     "Find a part (heat map)": "find_a_part",
+    "Train a part token": "train_a_token",
+    "Edit with your token": "edit_with_your_token",
+    "Two parts at once": "two_parts",
+    "Word or token (heat maps)": "word_or_token",
     "Edit one part (SDXL)": "edit_one_part_sdxl",
     "Find a part (SDXL)": "find_a_part_sdxl",
 }
@@ -47,6 +51,8 @@ def pictures(server, prompt, history):
     """The first picture of every SaveImage node, by the node's title, as [height, width, 3] from 0 to 1."""
     found = {}
     for node, output in history["outputs"].items():
+        if not output.get("images"):
+            continue
         picture = Image.open(io.BytesIO(server.fetch(output["images"][0]))).convert("RGB")
         found[prompt[node]["_meta"]["title"]] = np.asarray(picture) / 255.0
     return found
@@ -163,6 +169,37 @@ def test_find_a_part_runs_untouched(server):
     assert 0.0 < (found["mask"].mean(2) > 0.99).mean() < 0.5
     untouched = found["mask"].mean(2) == 0
     assert np.array_equal(found["picture"][untouched], found["found"][untouched])
+
+
+def test_train_a_token_runs_untouched_and_what_it_saves_can_be_chosen(server):
+    prompt = api_workflow("train_a_token")
+    found = pictures(server, prompt, server.run(prompt))
+    assert set(found) == {"heat maps", "loss curve"}
+    assert found["heat maps"].shape == (256, 256, 3)
+    saved = server.object_info()["PartTokenLoader"]["input"]["required"]["token"][1]["options"]
+    assert "my_part_00001.safetensors" in saved
+    edit = with_fewer_steps(api_workflow("edit_with_your_token"))
+    loader = next(node for node in edit.values() if node["class_type"] == "PartTokenLoader")
+    loader["inputs"]["token"] = "my_part_00001.safetensors"
+    found = pictures(server, edit, server.run(edit))
+    assert not np.array_equal(found["source"], found["edited"])
+
+
+@pytest.mark.parametrize("name", ["edit_with_your_token", "two_parts"])
+def test_what_is_edited_changes_where_the_mask_is(server, name):
+    prompt = api_workflow(name)
+    found = pictures(server, prompt, server.run(prompt))
+    change = np.abs(found["edited"] - found["source"]).mean(2)
+    inside, outside = found["mask"].mean(2) >= 0.5, found["mask"].mean(2) < 0.1
+    assert 0.01 < inside.mean() < 0.5
+    assert change[inside].mean() > 4 * change[outside].mean()
+
+
+def test_word_or_token_runs_untouched(server):
+    prompt = api_workflow("word_or_token")
+    found = pictures(server, prompt, server.run(prompt))
+    assert set(found) == {"picture", "the word", "the token"}
+    assert not np.array_equal(found["the word"], found["the token"])
 
 
 def test_edit_one_part_runs_on_the_oldest_comfyui(old_server):
