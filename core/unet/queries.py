@@ -9,7 +9,6 @@ from typing import Any
 
 import comfy.model_management
 import torch
-from comfy.patcher_extension import WrappersMP
 
 from ..token_training import LayerQueries
 from .layers import Address, LayerTable, layer_table
@@ -23,8 +22,6 @@ SINGLE_PRECISION_BYTES = 2**30
 
 CALL_AREA = 128 * 128
 """Latent pixels shown to the UNet in one call: one SDXL picture, four of SD1.5, sixteen of the demo model."""
-
-KEY = "scalpel-queries"
 
 
 def collect_queries(
@@ -53,15 +50,19 @@ def collect_queries(
     store = _Store(table, wanted, pictures, timesteps, dtype)
     sigmas = noise_levels(model, timesteps, *noise)
     indices = list(latent.get("batch_index", range(pictures)))
-    watched = model.clone()
-    watched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _AfterEachCall(store, on_call))
+
+    def called(*_: Any) -> None:
+        shown = store.next_level()
+        if on_call is not None:
+            on_call(shown)
+
     at_once = max(1, CALL_AREA // (h * w))
     with torch.no_grad():
         for first in range(0, pictures, at_once):
             rows = slice(first, min(first + at_once, pictures))
             store.begin(rows)
             chunk = {"samples": samples[rows], "batch_index": indices[rows]}
-            probe(watched, chunk, sigmas, seed, _prompt_of(positive, rows), store.look)
+            probe(model, chunk, sigmas, seed, _prompt_of(positive, rows), store.look, called)
             store.check_whole()
     return store.layers()
 
@@ -172,23 +173,6 @@ class _Store:
         return [
             LayerQueries(self._queries[a], self._keys[a], self.table[a].heads, *self._sizes[a]) for a in self.wanted
         ]
-
-
-class _AfterEachCall:
-    """OUTER_SAMPLE wrapper: puts the store's own callback in the place of the sampler's progress and preview."""
-
-    def __init__(self, store: _Store, on_call: Callable[[int], None] | None) -> None:
-        self.store = store
-        self.on_call = on_call
-
-    def __call__(self, executor: Any, noise: torch.Tensor, latent: torch.Tensor, sampler: Any, sigmas: torch.Tensor,
-                 denoise_mask: Any = None, _callback: Any = None, *args: Any, **kwargs: Any) -> Any:  # fmt: skip
-        return executor(noise, latent, sampler, sigmas, denoise_mask, self._called, *args, **kwargs)
-
-    def _called(self, *_: Any) -> None:
-        shown = self.store.next_level()
-        if self.on_call is not None:
-            self.on_call(shown)
 
 
 def _name(address: Address) -> str:

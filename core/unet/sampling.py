@@ -133,12 +133,14 @@ def noise_levels(model: Any, timesteps: int, start: float, end: float = 0.0) -> 
 
 
 def probe(
-    model: Any, latent: dict[str, Any], sigmas: torch.Tensor, seed: int, positive: Conditioning | None, look: Look
-) -> None:
+    model: Any, latent: dict[str, Any], sigmas: torch.Tensor, seed: int, positive: Conditioning | None, look: Look,
+    callback: Callable[..., None] | None = None,
+) -> None:  # fmt: skip
     """Show the model a latent, noised to each of `sigmas` in turn; `look` sees every cross-attention's input.
 
     look: called with the layer's address, the hidden states [images, h·w, channels], h and w. Without `positive` the
-    conditioning is zeros. No step is taken and the MODEL is left as it was.
+    conditioning is zeros. callback: called after each noise level as a sampler's is, in the place of ComfyUI's progress
+    and preview. No step is taken and the MODEL is left as it was.
     """
     samples = checked_latent(model, latent, "latent")
 
@@ -157,7 +159,7 @@ def probe(
         positive or zero_conditioning(model),
         [],
         samples,
-        callback=latent_preview.prepare_callback(patched, len(sigmas)),
+        callback=callback or latent_preview.prepare_callback(patched, len(sigmas)),
         disable_pbar=True,
         seed=seed,
     )
