@@ -23,26 +23,29 @@ LOSSES = ("bce", "l2")
 class Recipe:
     """How a token is optimised.
 
-    layers: a selection as in `core/unet/layers.py`. background: how often the background's key stands in the softmax.
-    scale: what is stretched to 0…1 before the loss, each "image"'s map for itself, or the whole "tensor" of all
-    images' part and background maps. resolution: longer side at which map and mask are compared, 0 for the masks'
-    own. schedule: "cosine" falls to zero at the last step, "step" by 0.7 every 80 steps.
+    layers: a selection as in `core/unet/layers.py`. optimiser: "adamw", its rate falling by 0.7 every 80 steps, or
+    "lbfgs" with a line search, whose rate is the first length it tries. weight_decay: AdamW's. flatness: how much the
+    mean square of part row − background row adds to the loss; a large one fits the training pictures and no others.
+    background: how often the background's key stands in the softmax. scale: what is stretched to 0…1 before the loss,
+    each "image"'s map for itself, or the whole "tensor" of all images' part and background maps. resolution: map and
+    mask are compared at the size of the largest of the "layers", or of the "masks".
     """
 
     steps: int
     learning_rate: float
     loss: str
     layers: str
+    optimiser: str = "lbfgs"
     weight_decay: float = 0.0
-    schedule: str = "cosine"
+    flatness: float = 0.0
     background: int = CONTEXT_LENGTH - 1
     scale: str = "image"
-    resolution: int = 64
+    resolution: str = "layers"
 
 
 RECIPES = {
-    "paper": Recipe(2000, 30.0, "l2", "first8", 0.01, schedule="step", background=1, scale="tensor", resolution=0),
-    "fast": Recipe(steps=500, learning_rate=0.2, loss="bce", layers="decoder"),
+    "paper": Recipe(2000, 30.0, "l2", "first8", "adamw", 0.01, background=1, scale="tensor", resolution="masks"),
+    "fast": Recipe(250, 1.0, "l2", "decoder", flatness=4e-5),
 }
 """The authors' training as their program runs it, and the one that is better on parts-world (`bench/tokens.py`)."""
 
@@ -126,7 +129,7 @@ def _summed_map(
         maps = attention.unflatten(1, (layer.h, layer.w))
         sums[layer.h, layer.w] = sums[layer.h, layer.w] + maps if (layer.h, layer.w) in sums else maps
     if in_two:
-        largest = max(sums, key=lambda hw: hw[0] * hw[1])
+        largest = _largest(layers)
         sums = {largest: torch.stack([_resize(maps, largest) for maps in sums.values()]).sum(0)}
     return torch.stack([_resize(maps, size) for maps in sums.values()]).sum(0)
 
@@ -164,7 +167,8 @@ def token_loss(
         scaled = (maps - maps.min()) / (maps.max() - maps.min() + 1e-8)
     else:
         scaled = _scale_each(maps).clamp(1e-5, 1 - 1e-5)
-    return F.mse_loss(scaled, masks) if recipe.loss == "l2" else F.binary_cross_entropy(scaled, masks)
+    loss = F.mse_loss(scaled, masks) if recipe.loss == "l2" else F.binary_cross_entropy(scaled, masks)
+    return loss + recipe.flatness * (embedding[1] - embedding[0]).square().mean()
 
 
 def _scale_each(maps: torch.Tensor) -> torch.Tensor:
@@ -172,19 +176,15 @@ def _scale_each(maps: torch.Tensor) -> torch.Tensor:
     return (maps - low) / (high - low + 1e-8)
 
 
-def _targets(masks: torch.Tensor, resolution: int) -> torch.Tensor:
-    """masks at the loss's resolution: binary at their own, area averages at a lower one."""
-    h, w = masks.shape[-2:]
-    size = _loss_size(h, w, resolution)
-    if size == (h, w):
+def _targets(masks: torch.Tensor, layers: Sequence[LayerQueries], recipe: Recipe) -> torch.Tensor:
+    """masks at the loss's resolution: binary at their own, area averages at the largest layer's."""
+    if recipe.resolution == "masks":
         return (masks > 0.5).to(masks.dtype)
-    return F.interpolate(masks[:, None], size, mode="area")[:, 0]
+    return F.interpolate(masks[:, None], _largest(layers), mode="area")[:, 0]
 
 
-def _loss_size(h: int, w: int, resolution: int) -> tuple[int, int]:
-    if resolution == 0 or max(h, w) <= resolution:
-        return h, w
-    return max(1, round(h * resolution / max(h, w))), max(1, round(w * resolution / max(h, w)))
+def _largest(layers: Sequence[LayerQueries]) -> tuple[int, int]:
+    return max(((layer.h, layer.w) for layer in layers), key=lambda size: size[0] * size[1])
 
 
 MAPS_HELD = {"image": 8, "tensor": 16}
@@ -197,7 +197,7 @@ def optimisation_bytes(layers: Sequence[LayerQueries], size: tuple[int, int], re
     Only shapes and types of `layers` are read: queries on the device "meta" tell before there are any.
     """
     images = layers[0].queries.shape[0]
-    h, w = _loss_size(*size, recipe.resolution)
+    h, w = size if recipe.resolution == "masks" else _largest(layers)
     kept, work = 0, 0
     for layer in layers:
         positions = layer.queries.shape[1] * layer.h * layer.w
@@ -224,20 +224,22 @@ def optimise_token(
     elsewhere. `on_step(step, loss)` is called after each step and may raise to cancel. Must be called outside
     `torch.inference_mode`, with ordinary tensors.
     """
-    masks = _targets(masks.float(), recipe.resolution)
+    masks = _targets(masks.float(), layers, recipe)
     generator = torch.Generator().manual_seed(seed)
     width = layers[0].to_k.shape[1]
     embedding = torch.randn(2, width, generator=generator).to(masks.device).requires_grad_()
-    optimiser = torch.optim.AdamW([embedding], lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(recipe, step))
+    optimiser, schedule = _optimiser(recipe, embedding)
     losses = []
-    for step in range(recipe.steps):
-        loss = token_loss(embedding, layers, masks, recipe)
+
+    def closure() -> float:
         optimiser.zero_grad()
+        loss = token_loss(embedding, layers, masks, recipe)
         loss.backward()
-        optimiser.step()
+        return loss.item()
+
+    for step in range(recipe.steps):
+        losses.append(float(optimiser.step(closure)))
         schedule.step()
-        losses.append(loss.item())
         if on_step is not None:
             on_step(step, losses[-1])
     with torch.no_grad():
@@ -245,8 +247,14 @@ def optimise_token(
     return Trained(embedding.detach().cpu(), losses, maps.cpu())
 
 
-def _rate(recipe: Recipe, step: int) -> float:
-    """The learning rate at a step, as a fraction of the recipe's."""
-    if recipe.schedule == "step":
-        return 0.7 ** (step // 80)
-    return 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+def _optimiser(
+    recipe: Recipe, embedding: torch.Tensor
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    if recipe.optimiser == "adamw":
+        adamw = torch.optim.AdamW([embedding], lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        return adamw, torch.optim.lr_scheduler.StepLR(adamw, 80, 0.7)
+    lbfgs = torch.optim.LBFGS(
+        [embedding], recipe.learning_rate, max_iter=1, max_eval=25, history_size=20, tolerance_grad=0.0,
+        tolerance_change=0.0, line_search_fn="strong_wolfe",
+    )  # fmt: skip
+    return lbfgs, torch.optim.lr_scheduler.ConstantLR(lbfgs, 1.0)
