@@ -83,7 +83,7 @@ class _SummedAttention(torch.autograd.Function):
     """Sigmoids of queries · difference, summed over timesteps and heads.
 
     One image at a time is brought to the difference's device in single precision, forward and again backward: beside
-    the queries as they are, only the sigmoids [images, timesteps, pixels, heads] are held.
+    the queries as they are, only the sigmoids [images, heads, timesteps · pixels] are held.
     """
 
     @staticmethod
@@ -92,25 +92,26 @@ class _SummedAttention(torch.autograd.Function):
         """difference: [heads, d], part key minus background key, scaled; queries: [images, timesteps, pixels,
         heads·d]. Returns [images, pixels].
         """
-        blocks = torch.block_diag(*difference).T
-        attention = blocks.new_empty(*queries.shape[:-1], len(difference))
+        images, timesteps, pixels, _ = queries.shape
+        blocks = torch.block_diag(*difference)
+        attention = blocks.new_empty(images, len(difference), timesteps * pixels)
         for image, a in zip(queries, attention, strict=True):
-            torch.matmul(image.to(blocks), blocks, out=a)
+            torch.matmul(blocks, image.to(blocks).flatten(0, 1).T, out=a)
         attention.sub_(shift).sigmoid_()
         ctx.queries = queries  # type: ignore[attr-defined]
         ctx.save_for_backward(attention)
-        return attention.sum((1, 3))
+        return attention.unflatten(-1, (timesteps, pixels)).sum((1, 2))
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (attention,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        heads = attention.shape[-1]
         queries: torch.Tensor = ctx.queries  # type: ignore[attr-defined]
-        total = attention.new_zeros(queries.shape[-1], heads)
+        timesteps, heads = queries.shape[1], attention.shape[1]
+        total = attention.new_zeros(heads, queries.shape[-1])
         for image, a, gradient in zip(queries, attention, gradients[0], strict=True):
-            slope = a * (1 - a) * gradient[:, None]
-            total.addmm_(image.to(slope).flatten(0, 1).T, slope.flatten(0, 1))
-        return total.view(heads, -1, heads).diagonal(dim1=0, dim2=2).T, None, None
+            slope = a * (1 - a) * gradient.repeat(timesteps)
+            total.addmm_(slope, image.to(slope).flatten(0, 1))
+        return total.view(heads, heads, -1).diagonal().T, None, None
 
 
 def _summed_map(
