@@ -4,7 +4,7 @@ Run it after changing the demo model, its tokens, a sampler or a workflow::
 
     python dev.py python -m scalpel.devtools.make_pictures
 
-It writes ``docs/edit_one_part.png``, ``docs/find_a_part.png`` and a thumbnail beside every template. The screenshot of
+It writes a picture of every template's results into ``docs/`` and a thumbnail beside the template. The screenshot of
 the page is made by ``docs/screenshot.mjs``.
 """
 
@@ -31,8 +31,26 @@ def main() -> int:
     with ComfyServer(os.environ["SCALPEL_COMFYUI"]) as server:
         edit = run(server, "edit_one_part", ["source", "mask", "edited"])
         find = run(server, "find_a_part", ["picture", "heat map", "mask", "found"])
-    demo.side_by_side(edit).save(DOCS / "edit_one_part.png", optimize=True)
-    demo.side_by_side(find).save(DOCS / "find_a_part.png", optimize=True)
+        train = run(server, "train_a_token", ["heat maps", "loss curve"], each=3)
+        own = run(server, "edit_with_your_token", ["source", "mask", "edited"])
+        two = run(server, "two_parts", ["source", "mask", "edited", "heat maps"], each=2)
+        word = run(server, "word_or_token", ["picture", "the word", "the token"])
+    for name, pictures in (
+        ("edit_one_part", edit),
+        ("find_a_part", find),
+        ("train_a_token", train),
+        ("edit_with_your_token", own),
+        ("two_parts", two),
+        ("word_or_token", word),
+    ):
+        demo.side_by_side(pictures).save(DOCS / f"{name}.png", optimize=True)
+    for name, main_picture, inset in (
+        ("Train a part token", train["heat maps"], train["heat maps 2"]),
+        ("Edit with your token", own["edited"], own["source"]),
+        ("Two parts at once", two["edited"], two["source"]),
+        ("Word or token (heat maps)", word["the token"], word["the word"]),
+    ):
+        thumbnail(main_picture, inset).save(FOLDER / f"{name}.jpg", quality=88)
     for name, main_picture, inset in (
         ("Edit one part", edit["edited"], edit["source"]),
         ("Find a part (heat map)", find["found"], find["heat map"]),
@@ -44,13 +62,18 @@ def main() -> int:
     return 0
 
 
-def run(server: ComfyServer, workflow: str, titles: list[str]) -> dict[str, Image.Image]:
-    """The pictures of the SaveImage nodes with these titles."""
+def run(server: ComfyServer, workflow: str, titles: list[str], each: int = 1) -> dict[str, Image.Image]:
+    """The first picture of the SaveImage nodes with these titles, and up to `each` of those that have several."""
     print(workflow, flush=True)
     prompt = json.loads((FOLDER / "api" / f"{workflow}.json").read_text(encoding="utf-8"))
     prompt_id, _ = asyncio.run(demo.follow(server, prompt))
     outputs = server.wait(prompt_id, timeout=30)["outputs"]
-    return {title: demo.picture(server, outputs[demo.node_titled(prompt, title)]) for title in titles}
+    found = {}
+    for title in titles:
+        images = outputs[demo.node_titled(prompt, title)]["images"]
+        for number, image in enumerate(images[:each], 1):
+            found[title if number == 1 else f"{title} {number}"] = demo.picture(server, {"images": [image]})
+    return found
 
 
 def thumbnail(picture: Image.Image, inset: Image.Image) -> Image.Image:
