@@ -45,7 +45,7 @@ class Recipe:
 
 RECIPES = {
     "paper": Recipe(2000, 30.0, "l2", "first8", "adamw", 0.01, background=1, scale="tensor", resolution="masks"),
-    "fast": Recipe(250, 1.0, "l2", "decoder", flatness=4e-5),
+    "fast": Recipe(150, 1.0, "l2", "decoder", flatness=4e-5),
 }
 """The authors' training as their program runs it, and the one that is better on parts-world (`bench/tokens.py`)."""
 

@@ -52,6 +52,7 @@ DEVELOPER_TOOLS = [
     "scikit-image>=0.24,<1",
     "safetensors>=0.4.2",
     "diffusers>=0.32,<1",
+    "matplotlib>=3.8,<4",
 ]
 NEEDED_GIGABYTES = 8
 
