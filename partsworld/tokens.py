@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 FIRST_SEED = 5_000_000
 FOLDER = Path(__file__).parent / "weights" / "part_tokens"
 SHIPPED = ("figure-head", "figure-torso", "figure-hair", "car-hood", "car-body", "chair-seat", "dog-head")
-NOISE = (0.4, 0.0)
-TIMESTEPS = 6
+NOISE = (0.7, 0.0)
+TIMESTEPS = 12
 SEED = 0
 
 
