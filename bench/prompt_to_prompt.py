@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.utils
@@ -22,7 +22,7 @@ import torch
 from ..partsworld.judge import SMALLEST_PART, Judge, nearest_colour
 from ..partsworld.scene import COLOURS
 from . import _edits, _report
-from ._edits import Editor, Wish
+from ._edits import Editor
 from .behaviour import core, overlap
 
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0)
@@ -41,11 +41,10 @@ def swap_rows(editor: Editor, judge: Judge, name: str, scenes: int) -> list[list
     before = [_object(verdict.masks) for verdict in judge.all(list(sources))]
     rows = []
     for label, words in SWAPS.items():
-        make: Callable[[list[Wish]], torch.Tensor] = (
-            (lambda w: editor.prompt_alone(w, "object")) if words is None
-            else (lambda w, words=words: editor.prompt_to_prompt(w, **words))
-        )  # fmt: skip
-        edited = torch.cat([make([wish]) for wish in asked])
+        edited = torch.cat([
+            editor.prompt_alone([wish], "object") if words is None else editor.prompt_to_prompt([wish], **words)
+            for wish in asked
+        ])  # fmt: skip
         after = [_object(verdict.masks) for verdict in judge.all(list(edited))]
         kept = np.mean([overlap(a, b) for a, b in zip(before, after, strict=True)])
         outside = [

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 CONTEXT_LENGTH = 77
 PADDINGS = ("background", "none", "start", "end", "zero")
 
-FAMILIES = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL", 128: "parts-world (the demo model)"}
+FAMILIES = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL", 1280: "SDXL refiner", 128: "parts-world (the demo model)"}
 """Width of the text context → the model family that has it."""
 
 

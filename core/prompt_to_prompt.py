@@ -18,8 +18,8 @@ import torch
 
 MODES = ("replace", "refine", "reweight")
 
-SELF_REPLACE_PIXELS = 32 * 32
-"""Self-attention is replaced in layers of up to this many pixels, as the authors do."""
+SELF_REPLACE_SIDE = 32
+"""Self-attention is replaced in layers of up to this side, on a picture of the model's own size, as the authors do."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class Word:
     text: str
     tokens: tuple[Hashable, ...]
     places: tuple[int, ...]
+
+    @property
+    def name(self) -> Hashable:
+        """What it is told by: its text, or the vectors of a textual inversion, which has none."""
+        return self.text or self.tokens
 
 
 @dataclass(frozen=True)
@@ -43,16 +48,11 @@ class Prompt:
 
     def find(self, phrase: Prompt) -> list[int]:
         """Places of the tokens of every occurrence of a phrase; empty if it does not occur."""
-        wanted = [word.text for word in phrase.words]
-        texts = [word.text for word in self.words]
+        wanted = [word.name for word in phrase.words]
+        texts = [word.name for word in self.words]
         starts = [i for i in range(len(texts) - len(wanted) + 1) if texts[i : i + len(wanted)] == wanted]
         found = (word.places for i in starts for word in self.words[i : i + len(wanted)])
         return [place for places in found for place in places] if wanted else []
-
-    @property
-    def text(self) -> str:
-        """Its words, for messages."""
-        return " ".join(word.text for word in self.words)
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,13 @@ class PromptControl:
         """(`taken`, `own`) [edit tokens] of a step (from 0) of `steps`; step i counts as within a fraction f of them
         iff i < ⌊f · (steps + 1)⌋, as in the authors' code.
         """
-        active = (step < torch.floor(self.until.double() * (steps + 1) + 1e-9)).to(self.weights)
+        active = (step < torch.floor(self.until.double() * (steps + 1) + 1e-6)).to(self.weights)
         taken = active * self.mapped * self.weights
         return taken, active * (1 - self.mapped) * self.weights + (1 - active)
 
-    def replaces_self_attention(self, step: int, steps: int, pixels: int) -> bool:
-        """Whether a layer of `pixels` takes the source's self-attention in a step."""
-        return step < int(steps * self.self_replace + 1e-9) and pixels <= SELF_REPLACE_PIXELS
+    def replaces_self_attention(self, step: int, steps: int, side: float) -> bool:
+        """Whether a layer takes the source's self-attention in a step. side: its side on a picture of native size."""
+        return step < int(steps * self.self_replace + 1e-6) and side <= SELF_REPLACE_SIDE
 
 
 def align_replacement(source: Prompt, edit: Prompt) -> tuple[torch.Tensor, torch.Tensor]:

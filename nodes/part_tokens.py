@@ -26,7 +26,11 @@ DEMO_TOKENS = Path(__file__).resolve().parent.parent / "partsworld" / "weights" 
 def register_folder() -> None:
     """Tell ComfyUI of `models/part_tokens` and of the demo tokens that come with the pack."""
     for folder in (Path(folder_paths.models_dir) / FOLDER, DEMO_TOKENS):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # a read-only volume: tokens can still be loaded from the other folder
+            log.warning("Scalpel: %s cannot be made (%s)", folder, error)
+            continue
         folder_paths.add_model_folder_path(FOLDER, str(folder))
     folder_paths.folder_names_and_paths[FOLDER][1].update(SUFFIXES)
 
@@ -68,6 +72,8 @@ class PartTokenLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, token: str) -> bool | str:
+        if token is None:  # linked: not known before the run
+            return True
         try:
             token_path(token)
         except ValueError as error:
@@ -76,6 +82,8 @@ class PartTokenLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, token: str) -> str:
+        if token is None:
+            return ""
         return hashlib.sha256(token_path(token).read_bytes()).hexdigest()
 
     @classmethod

@@ -56,6 +56,8 @@ class PartTokenDataset(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, directory: str, size: int, limit: int) -> str:
         """Changes when a file is added, removed or written."""
+        if directory is None:  # linked: what comes through the link counts already
+            return ""
         try:
             files = [file for pair in _pairs(directory, limit) for file in (pair.picture, pair.mask)]
             facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -81,7 +83,10 @@ def _pairs(directory: str, limit: int) -> list[Pair]:
     text = directory.strip().strip("\"'")
     if not text:
         raise ValueError("it is empty; name a folder in ComfyUI's input folder, or give a full path")
-    folder = Path(folder_paths.get_input_directory()) / Path(text).expanduser()
+    try:
+        folder = Path(folder_paths.get_input_directory()) / Path(text).expanduser()
+    except RuntimeError as error:  # "~somebody"
+        raise ValueError(f"{text}: {error}") from error
     if not folder.exists() and text in _OWN_PICTURES:
         folder = PICTURES / text
     pairs = find_pairs(folder)

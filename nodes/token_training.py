@@ -57,7 +57,7 @@ class PartTokenTrainer(io.ComfyNode):
                 io.String.Input("name", default="part", tooltip="What the part is called, for instance 'head'."),
                 io.Combo.Input(
                     "recipe", options=list(RECIPES), default="fast",
-                    tooltip="paper: the PartEdit authors' settings. fast: a quarter of the steps.",
+                    tooltip="paper: the PartEdit authors' settings. fast: the better one on the demo model.",
                 ),
                 io.Int.Input("steps", default=0, min=0, max=100000, tooltip="Training steps; 0 = the recipe's."),
                 io.Float.Input(

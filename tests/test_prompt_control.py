@@ -228,6 +228,41 @@ def test_a_local_blend_leaves_the_rest_as_the_source_has_it(model):
     assert not (free.edited == free.source).all(1).any()
 
 
+def test_the_mask_says_where_a_local_blend_let_the_picture_change(model):
+    rule = control(until=torch.zeros(77), source_words=(3,), edit_words=(3, 4))
+    output = edit(model, rule, steps=5, latent_image=tiny.latent(32, 32))
+    assert (output.step_masks[0] == 1).all()  # the first fifth of the steps is free
+    same = (output.edited - output.source).abs().amax(1)[0] < 1e-4
+    last = output.step_masks[-1][4::8, 4::8]
+    assert torch.equal(last > 0.5, ~same)
+
+
+def test_a_local_blend_of_prompts_that_all_hold_for_areas_limits_nothing(model):
+    def parts(seed):
+        return [tiny.with_options(context(seed), area=(16, 4, 0, left))[0] for left in (0, 4)]
+
+    prompts = {"source": parts(1), "edit": parts(2)}
+    free = edit(model, control(until=torch.zeros(77)), **prompts)
+    limited = edit(model, control(until=torch.zeros(77), source_words=(3,), edit_words=(3,)), **prompts)
+    assert torch.equal(limited.edited, free.edited)
+
+
+def test_tokens_that_another_node_adds_get_a_sentence(model):
+    def longer(n, context, value, options):
+        return n, *(torch.cat([t, t[:, :4]], 1) for t in (context, value))
+
+    patched = model.clone()
+    patched.set_model_attn2_patch(longer)
+    with pytest.raises(RuntimeError, match="another node on this model adds tokens to the prompt"):
+        edit(patched, control())
+
+
+def test_self_attention_is_taken_in_layers_of_up_to_32_on_a_native_picture(model):
+    table = layer_table(model)
+    sides = {table.native / layer.downsample for layer in table.layers.values()}
+    assert {side for side in sides if control(self_replace=1.0).replaces_self_attention(0, 3, side)} == {8, 16, 32}
+
+
 def test_a_local_blend_of_no_word_in_one_text_uses_the_other_s(model):
     rule = control(until=torch.zeros(77), edit_words=(3,))
     limited = edit(model, rule, steps=5, latent_image=tiny.latent(32, 32))

@@ -127,7 +127,9 @@ def control(**changes):
     return PromptControl(**{**settings, **changes})
 
 
-@pytest.mark.parametrize(("fraction", "steps", "last"), [(0.4, 50, 19), (0.4, 8, 2), (1.0, 8, 7), (0.8, 50, 39)])
+@pytest.mark.parametrize(
+    ("fraction", "steps", "last"), [(0.4, 50, 19), (0.4, 8, 2), (1.0, 8, 7), (0.8, 50, 39), (0.7, 49, 34), (0.9, 9, 8)]
+)
 def test_a_fraction_of_the_steps_ends_where_the_authors_end_it(fraction, steps, last):
     """Their table has a row more than there are steps: ⌊fraction · (steps + 1)⌋."""
     rule = control(until=torch.full((3,), fraction), mapped=torch.ones(3), weights=torch.ones(3))
@@ -149,8 +151,8 @@ def test_taken_and_own_are_the_authors_formula_written_out():
 
 def test_self_attention_is_taken_in_small_layers_and_early_steps():
     rule = control(self_replace=0.4)
-    assert [step for step in range(10) if rule.replaces_self_attention(step, 10, 1024)] == [0, 1, 2, 3]
-    assert not rule.replaces_self_attention(0, 10, 1025)
+    assert [step for step in range(10) if rule.replaces_self_attention(step, 10, 32)] == [0, 1, 2, 3]
+    assert not rule.replaces_self_attention(0, 10, 64)
 
 
 # ---------------------------------------------------------------- the tokenizers
@@ -236,14 +238,18 @@ def test_an_empty_edit_text_means_the_source_text(clip):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"word_weights": "robt: 2"}, "word_weights: 'robt' is not in the text; its words are: a closeup of a robot"),
+        ({"word_weights": "robt: 2"}, "word_weights: 'robt' is not a word of 'a closeup of a robot'"),
         ({"word_weights": "robot 2"}, "word_weights: 'robot 2' is not understood; write 'word: number'"),
         ({"word_weights": "robot: nan"}, "word_weights: 'robot: nan' is not understood"),
         ({"word_cross_replace": "robot: 1.4"}, "word_cross_replace: 'robot: 1.4' .* from 0 to 1"),
-        ({"local_blend_words": "dog"}, "local_blend_words: 'dog' is not in the text"),
+        ({"local_blend_words": "dog"}, "local_blend_words: 'dog' is not a word of"),
         ({"source_text": " "}, "source_text: it has no words"),
         ({"mode": "swap"}, "mode: 'swap' is unknown; accepted are replace, refine, reweight"),
         ({"mode": "reweight"}, "word_weights: it is empty"),
+        (
+            {"mode": "reweight", "word_weights": "robot: 2", "cross_replace": 0.0},
+            "cross_replace: it is 0 for every word",
+        ),
         ({"cross_replace": 1.5}, "cross_replace: 1.5 is out of range"),
         ({"self_replace": -0.5}, "self_replace: -0.5 is out of range"),
     ],

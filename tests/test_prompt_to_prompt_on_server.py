@@ -61,7 +61,7 @@ def test_a_local_blend_leaves_a_part_of_the_picture_to_the_bit(server):
 @pytest.mark.parametrize(
     ("control", "words"),
     [
-        ({"word_weights": "bleu: 2"}, "word_weights: 'bleu' is not in the text; its words are: a blue figure"),
+        ({"word_weights": "bleu: 2"}, "word_weights: 'bleu' is not a word of 'a blue figure on a green field'"),
         ({"word_cross_replace": "blue 2"}, "word_cross_replace: 'blue 2' is not understood"),
         ({"source_text": ""}, "source_text: it has no words"),
     ],

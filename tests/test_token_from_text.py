@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from scalpel.core.prompt_to_prompt import Prompt, Word
+from scalpel.core.unet.prompt_tokens import read_prompt
 from scalpel.core.unet.text_tokens import token_from_text
 from scalpel.nodes.masks import AttentionMaskExtractor
 from scalpel.nodes.token_making import PartTokenFromText
@@ -151,6 +153,13 @@ def with_embeddings(tmp_path_factory):
 )
 def test_an_embedding_in_the_text_is_as_many_words_as_it_has_vectors(text, rows, with_embeddings):
     assert places(with_embeddings, text) == rows
+
+
+def test_words_of_one_embedding_are_not_those_of_another(with_embeddings, tmp_path):
+    prompt = read_prompt(with_embeddings, "robot embedding:both head")
+    assert prompt.find(read_prompt(with_embeddings, "embedding:both")) == [2, 3, 4]
+    other = Prompt((Word("", (b"other",), (1,)),), ((0,),), 2)
+    assert prompt.find(other) == []
 
 
 def test_an_embedding_that_the_encoder_leaves_out_is_no_word(tmp_path):

@@ -63,7 +63,8 @@ class FeatureBlend:
         run = BlendRun(self.spec, guider, evaluation, noise)
         evaluation.install(run.install(guider.model_options))
         if self.spec.control is not None:
-            PromptControlRun(self.spec.control, self.spec.rows, evaluation, run.table).install(guider.model_options)
+            run.control = PromptControlRun(self.spec.control, self.spec.rows, evaluation, run.table)
+            run.control.install(guider.model_options)
         result = executor(noise, latent, sampler, sigmas, *args, **kwargs)
         run.finish()
         self.report(run)
@@ -84,6 +85,7 @@ class BlendRun:
         self.map_size = map_size(noise.shape, is_sdxl(guider.model_patcher))
         self.table: LayerTable = layer_table(guider.model_patcher)
         self.capture = self._make_capture()
+        self.control: PromptControlRun | None = None
         self.masks: dict[float, torch.Tensor] = {}
         self.thresholds: dict[float, list[float]] = {}
         self._maps: dict[ConditionKey, tuple[Area, HeatmapSum]] = {}
@@ -181,8 +183,18 @@ class BlendRun:
     def step_masks(self) -> torch.Tensor:
         """The mask after each step, [sources, steps, H, W] on the CPU; the user's own mask where no token is used.
 
-        All 1 where there is neither: Prompt-to-Prompt alone may change everything.
+        All 1 where there is neither: Prompt-to-Prompt alone may change everything, but for a local blend.
         """
+        masks = self._blending_masks()
+        if self.control is not None and self.control.masks:
+            masks = masks.clone()
+            for step, sigma in enumerate(self.evaluation.sigmas[:-1]):
+                if sigma in self.control.masks:
+                    local = self.control.masks[sigma][:, None]
+                    masks[:, step] *= F.interpolate(local, self.map_size, mode="bilinear", align_corners=False)[:, 0]
+        return masks
+
+    def _blending_masks(self) -> torch.Tensor:
         if self.masks:
             per_step = []
             for sigma in self.evaluation.sigmas[:-1]:

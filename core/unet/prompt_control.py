@@ -31,7 +31,9 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]],
 
 
 class PromptControlRun:
-    """State of one sampling run with a prompt control."""
+    """State of one sampling run with a prompt control. masks: by sigma, where a local blend let the picture change,
+    [edits, h, w] of the latent.
+    """
 
     def __init__(self, control: PromptControl, rows: PairedRows, evaluation: Evaluation, table: LayerTable) -> None:
         self.control = control
@@ -42,7 +44,8 @@ class PromptControlRun:
         self._own = torch.empty(0)
         self._word_layers = table.select(LOCAL_BLEND_LAYERS) if control.source_words or control.edit_words else set()
         self._word_maps = {"source": HeatmapSum(), "edit": HeatmapSum()}
-        self._word_size = (0, 0)
+        self._word_size = (0, 0)  # all layers of a level have one
+        self.masks: dict[float, torch.Tensor] = {}
 
     def install(self, model_options: dict[str, Any]) -> None:
         """Put the patches of this run into the run's own model options."""
@@ -91,8 +94,8 @@ class PromptControlRun:
 
     def _take_self_attention(self, n: torch.Tensor, context: Any, value: Any, options: dict[str, Any]) -> Any:
         """attn1_patch: source queries and keys, the edit's own values."""
-        now, (h, w) = self.evaluation, spatial_size(options)
-        if not self.control.replaces_self_attention(now.step, now.steps, h * w):
+        now, layer = self.evaluation, self.table[address_of(options)]
+        if not self.control.replaces_self_attention(now.step, now.steps, self.table.native / layer.downsample):
             return n, context, value
         queries, keys = n.clone(), context.clone()
         for rows in (queries, keys):
@@ -111,6 +114,11 @@ class PromptControlRun:
         values, added = v.clone(), []
         chunks = zip(*(self._positive_chunks(t, options) for t in (q, k, values)), strict=True)
         for queries, keys, chunk in chunks:
+            if chunk.shape[1] % tokens or keys.shape[1] % sources:
+                raise RuntimeError(
+                    f"the prompts have {tokens} and {sources} tokens, but attention has {chunk.shape[1]}: another node "
+                    "on this model adds tokens to the prompt, which Prompt-to-Prompt cannot follow; take it off"
+                )
             # contexts of different lengths are repeated to a common one: the first copy of the columns is enough
             mine = taken @ chunk[:edits, :tokens]
             added.append(attention(self._source_rows(queries), self._source_rows(keys)[:, :sources], mine, options))
@@ -146,13 +154,15 @@ class PromptControlRun:
         """sampler_post_cfg_function: outside the words' region the edit's prediction is the source's."""
         denoised: torch.Tensor = arguments["denoised"]
         now = self.evaluation
-        if now.step < int(LOCAL_BLEND_FROM * now.steps):
+        nothing_seen = all(maps.empty for maps in self._word_maps.values())  # every prompt holds for an area only
+        if now.step < int(LOCAL_BLEND_FROM * now.steps) or nothing_seen:
             return denoised
         mask = torch.zeros(self.rows.edits, 1, *denoised.shape[-2:], device=denoised.device)
         for name, maps in self._word_maps.items():
             if not maps.empty:
                 found = self._word_mask(maps, denoised.shape)
                 mask = torch.maximum(mask, found[self.rows.source_of] if name == "source" else found)
+        self.masks[now.sigma] = mask[:, 0].cpu()
         blended = denoised.clone()
         blended[: self.rows.edits] = torch.lerp(self._source_rows(denoised), denoised[: self.rows.edits], mask)
         return blended

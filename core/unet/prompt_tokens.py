@@ -9,7 +9,6 @@ import torch
 from ..prompt_to_prompt import Prompt, Word
 
 END_OF_WORD = "</w>"
-EMBEDDING = "embedding"
 
 Chunk = list[tuple[Any, float, int]]
 """One run of a text encoder (77 places): (token id or embedding vectors, weight, word id or 0) of each place."""
@@ -67,7 +66,7 @@ def _read(tokenizer: Any, chunks: list[Chunk], ends: set[int], width: int | None
                 ):  # others are left out by ComfyUI, and what follows moves up
                     places = range(place, place + len(vectors))
                     words += [
-                        Word(EMBEDDING, (v.float().cpu().numpy().tobytes(),), (p,))
+                        Word("", (v.float().cpu().numpy().tobytes(),), (p,))
                         for v, p in zip(vectors, places, strict=True)
                     ]
                     place += len(vectors)

@@ -143,6 +143,10 @@ def probe(
     and preview. No step is taken and the MODEL is left as it was.
     """
     samples = checked_latent(model, latent, "latent")
+    if any(entry[1].get(key) is not None for entry in positive or () for key in ("area", "mask")):
+        raise ValueError(
+            "positive: it holds for an area or a mask of the picture only; give a prompt for the whole picture, or none"
+        )
 
     def record(n: torch.Tensor, context: Any, value: Any, options: dict[str, Any]) -> Any:
         look(address_of(options), n[: len(samples)], *spatial_size(options))
