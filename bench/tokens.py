@@ -67,7 +67,7 @@ class Bench:
         parts = [name.split("-")[1] for name in tokens.SHIPPED if name.split("-")[0] == kind]
         drawn = {part: tokens.pictures(scenes, part) for part in parts}
         if (kind, test) not in self._latents:
-            self._latents[kind, test] = self.vae.encode(drawn[parts[0]][0])
+            self._latents[kind, test] = tokens.encode(self.vae, drawn[parts[0]][0])
         latent = {"samples": self._latents[kind, test]}
         kept = collect_queries(self.model, latent, "all", noise, timesteps, tokens.SEED)
         names = (f"{block}.{number}" for block, number, _ in self.table.layers)

@@ -45,6 +45,12 @@ def pictures(chosen: list[Scene], part: str) -> tuple[torch.Tensor, torch.Tensor
     return images, torch.from_numpy(np.stack([r.masks[0][part] for r in drawn]))
 
 
+def encode(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Latents of pictures [n, 256, 256, 3], without the graph of the VAE, which is 130 MB a picture."""
+    with torch.no_grad():
+        return vae.encode(pixels)
+
+
 def train_token(model: Any, vae: Any, kind: str, part: str, images: int) -> Any:
     """A part token of the demo model and its loss curve."""
     from ..core.part_token import from_tensor
@@ -53,7 +59,7 @@ def train_token(model: Any, vae: Any, kind: str, part: str, images: int) -> Any:
 
     recipe = RECIPES["fast"]
     pixels, masks = pictures(scenes(kind, images), part)
-    layers = collect_queries(model, {"samples": vae.encode(pixels)}, recipe.layers, NOISE, TIMESTEPS, SEED)
+    layers = collect_queries(model, {"samples": encode(vae, pixels)}, recipe.layers, NOISE, TIMESTEPS, SEED)
     trained = optimise_token(layers, masks, recipe, SEED)
     token, losses = from_tensor(trained.embedding, f"{kind} {part}"), trained.losses
     token.info.update(
