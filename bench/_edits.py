@@ -151,29 +151,37 @@ class Editor:
 
         Pictures [n, 256, 256, 3]; edits in style "object", which differ from the source in one word.
         """
-        return torch.cat([self._controlled(wish, self.token(wish), words) for wish in asked])
+        return torch.cat([self._controlled([wish], self.token(wish), words).edited for wish in asked])
+
+    def partedit_controlled(self, asked: Sequence[Wish]) -> Edited:
+        """The same for several scenes in one run, with their sources; all prompts have the same number of tokens."""
+        return self._controlled(asked, self.token(asked[0]), {})
 
     def prompt_to_prompt(self, asked: Sequence[Wish], **words: Any) -> torch.Tensor:
         """The same without blending."""
-        return torch.cat([self._controlled(wish, None, words) for wish in asked])
+        return torch.cat([self._controlled([wish], None, words).edited for wish in asked])
 
-    def _controlled(self, wish: Wish, token: Any, words: dict[str, Any]) -> torch.Tensor:
+    def _controlled(self, asked: Sequence[Wish], token: Any, words: dict[str, Any]) -> Edited:
         how = self.how
         model, clip, vae = self.models
+        with torch.inference_mode():
+            control, source, edit = _one_control([self._control(wish, words) for wish in asked])
+            edited, unedited, masks, _ = FeatureBlendSampler.execute(
+                model, source, edit, encode(clip, [""]), _latent(asked), how.seed, how.steps, how.cfg,
+                how.sampler_name, how.scheduler, 1.0, how.omega, how.blend_until, how.layers, "background",
+                part_token=token, prompt_control=control,
+            ).args  # fmt: skip
+            before, after = (vae.decode(latent["samples"]).cpu() for latent in (unedited, edited))
+        return Edited(before, after, unedited["samples"], masks.cpu())
+
+    def _control(self, wish: Wish, words: dict[str, Any]) -> Any:
+        """PromptToPrompt's outputs for an edit."""
         settings = {
             "source_text": wish.source, "edit_text": wish.edit("object"), "mode": "replace", "cross_replace": 1.0,
             "self_replace": 0.0, "word_cross_replace": f"{wish.wanted}: 0.4", "word_weights": "",
             "local_blend_words": "",
         }  # fmt: skip
-        with torch.inference_mode():
-            control, source, edit = PromptToPrompt.execute(clip, **{**settings, **words}).args
-            edited = FeatureBlendSampler.execute(
-                model, source, edit, encode(clip, [""]), _latent([wish]), how.seed, how.steps, how.cfg,
-                how.sampler_name, how.scheduler, 1.0, how.omega, how.blend_until, how.layers, "background",
-                part_token=token, prompt_control=control,
-            ).args[0]  # fmt: skip
-            pictures: torch.Tensor = vae.decode(edited["samples"]).cpu()
-        return pictures
+        return PromptToPrompt.execute(self.models[1], **{**settings, **words}).args
 
     def generate(self, asked: Sequence[Wish]) -> torch.Tensor:
         """The sources [n, 256, 256, 3] alone: KSampler."""
@@ -201,6 +209,19 @@ class Editor:
                 start["samples"] if latents is None else latents, denoise=denoise, disable_pbar=True, seed=seed,
             )  # fmt: skip
             return vae.decode(done).cpu()
+
+
+def _one_control(outputs: list[Any]) -> tuple[Any, Any, Any]:
+    """PromptToPrompt's outputs for a batch of edits whose words stand in the same places. ValueError if they do not."""
+    first = outputs[0][0]
+    for control, _, _ in outputs[1:]:
+        if not all(
+            torch.equal(getattr(control, f), getattr(first, f)) for f in ("mapping", "mapped", "until", "weights")
+        ):
+            raise ValueError("these prompts have words in different places and cannot be edited in one batch")
+    source, edit = (torch.cat([output[i][0][0] for output in outputs]) for i in (1, 2))
+    control = replace(first, source_contexts=(source,), edit_contexts=(edit,))
+    return control, [[source, outputs[0][1][0][1]]], [[edit, outputs[0][2][0][1]]]
 
 
 def _latent(asked: Sequence[Wish]) -> dict[str, Any]:

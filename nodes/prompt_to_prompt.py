@@ -113,7 +113,7 @@ class PromptToPrompt(io.ComfyNode):
 
 def check_prompt_control(control: PromptControl, source: Any, edit: Any, edits: int) -> None:
     """ValueError unless the prompts are those that the control was made with, and the edit is a single one."""
-    if edits > 1:
+    if edits > max(len(known) for known in control.edit_contexts):
         raise ValueError(f"prompt_control: it tells of one edit prompt, but 'edit' holds {edits}; give one at a time")
     for name, conditioning, known in (
         ("source", source, control.source_contexts),
