@@ -154,8 +154,16 @@ class Editor:
         return torch.cat([self._controlled([wish], self.token(wish), words).edited for wish in asked])
 
     def partedit_controlled(self, asked: Sequence[Wish]) -> Edited:
-        """The same for several scenes in one run, with their sources; all prompts have the same number of tokens."""
-        return self._controlled(asked, self.token(asked[0]), {})
+        """The same for several scenes, with their sources; scenes whose words stand in the same places share a run."""
+        places: dict[bytes, list[int]] = {}
+        for i, wish in enumerate(asked):
+            places.setdefault(self._control(wish, {})[0].until.numpy().tobytes(), []).append(i)
+        runs = [self._controlled([asked[i] for i in group], self.token(asked[0]), {}) for group in places.values()]
+        order = torch.tensor([i for group in places.values() for i in group]).argsort()
+        source, edited, latents, masks = (
+            torch.cat([getattr(run, name) for run in runs])[order] for name in ("source", "edited", "latents", "masks")
+        )
+        return Edited(source, edited, latents, masks)
 
     def prompt_to_prompt(self, asked: Sequence[Wish], **words: Any) -> torch.Tensor:
         """The same without blending."""

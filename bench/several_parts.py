@@ -3,8 +3,7 @@
     python dev.py bench several_parts [--parts figure-torso figure-head] [--scenes 20] [--markdown BENCHMARKS.md]
 
 Sources, judge and measures are those of `behaviour`. All runs of a scene have the same source, edit prompt and noise;
-they differ in the token alone. The background of the first part fills the combined token's context, so the parts are
-combined in both orders.
+they differ in the token alone.
 """
 
 from __future__ import annotations
@@ -80,8 +79,7 @@ class PartsBench:
             part: Editor.token(editor, _edits.wishes(name, 0, 1)[0])
             for name, part in zip(names, self.parts, strict=True)
         }
-        orders = (self.parts, self.parts[::-1])
-        self.runs = [Run(order, _combined([tokens[part] for part in order])) for order in orders]
+        self.runs = [Run(self.parts, _combined([tokens[part] for part in self.parts]))]
         self.runs += [Run((part,), tokens[part]) for part in self.parts]
         self.tried = 0
         self.dropped: Counter[str] = Counter()

@@ -36,7 +36,7 @@ def family(width: int) -> str:
 class PartToken:
     """embedding: [rows, context_dim] float32; counts: one per row; part_rows: which rows are parts; names: one per
     part row, and rows of one name are one part; info: what the file's metadata say besides (model family, layers,
-    noise range, images, loss).
+    noise range, images, loss); groups: one per row, rows of one group share a softmax; empty: all rows do.
     """
 
     embedding: torch.Tensor
@@ -44,6 +44,7 @@ class PartToken:
     counts: tuple[int, ...]
     names: tuple[str, ...]
     info: dict[str, str] = field(default_factory=dict)
+    groups: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         rows = self.embedding.shape[0] if self.embedding.ndim == 2 else 0
@@ -59,6 +60,15 @@ class PartToken:
             raise ValueError(f"a part token has one count ≥ 1 per row; found {list(self.counts)} for {rows} rows")
         if len(self.names) != len(parts):
             raise ValueError(f"a part token has one name per part row; found {list(self.names)} for {len(parts)} rows")
+        if self.groups and len(self.groups) != rows:
+            raise ValueError(f"a part token has one group per row; found {list(self.groups)} for {rows} rows")
+        for places, of_parts in self.softmaxes:
+            if not of_parts or sum(map(len, of_parts)) == len(places):
+                raise ValueError(
+                    f"rows {places} of the part token share a softmax, which needs a part and a background"
+                )
+        if any(len({self._group(row) for row in part}) > 1 for part in self.parts.values()):
+            raise ValueError("the rows of a part do not share a softmax")
 
     @property
     def width(self) -> int:
@@ -71,6 +81,19 @@ class PartToken:
         found: dict[str, tuple[int, ...]] = {}
         for name, row in zip(self.names, self.part_rows, strict=True):
             found[name] = (*found.get(name, ()), row)
+        return found
+
+    def _group(self, row: int) -> int:
+        return self.groups[row] if self.groups else 0
+
+    @property
+    def softmaxes(self) -> list[tuple[list[int], list[list[int]]]]:
+        """Of each softmax: its rows, and the places among them of each of its parts."""
+        found = []
+        for group in sorted({self._group(row) for row in range(len(self.counts))}):
+            rows = [row for row in range(len(self.counts)) if self._group(row) == group]
+            parts = [[rows.index(row) for row in part] for part in self.parts.values() if self._group(part[0]) == group]
+            found.append((rows, parts))
         return found
 
     def padded(self, padding: str, context: torch.Tensor) -> PartToken:
@@ -90,20 +113,26 @@ class PartToken:
         filler = {"start": context[0], "end": context[-1], "zero": torch.zeros_like(context[0])}.get(padding)
         if filler is None:
             raise ValueError(f"unknown padding {padding!r}; known: {', '.join(PADDINGS)}")
-        places = CONTEXT_LENGTH - sum(single)
-        if places < 1:
-            return bare
-        row = filler.to(self.embedding).unsqueeze(0)
-        return replace(bare, embedding=torch.cat([self.embedding, row]), counts=(*single, places))
+        missing = {
+            self._group(rows[0]): CONTEXT_LENGTH - sum(single[row] for row in rows) for rows, _ in self.softmaxes
+        }
+        missing = {group: places for group, places in missing.items() if places > 0}
+        added = filler.to(self.embedding).expand(len(missing), -1)
+        return replace(
+            bare,
+            embedding=torch.cat([self.embedding, added]),
+            counts=(*single, *missing.values()),
+            groups=(*self.groups, *missing) if self.groups else (),
+        )
 
 
 def combine(first: PartToken, second: PartToken) -> PartToken:
-    """Several parts at once (PartEdit, appendix M): all rows of both tokens, one softmax over all of them.
+    """Several parts at once (PartEdit, appendix M): the rows of both tokens, [BG1, P1, BG2, P2] as the authors stack
+    them, each token with its counts and in a softmax of its own, as it was trained.
 
-    The authors stack [BG1, P1, BG2, P2] and fill the context of 77 with BG1. So every background row of `second` counts
-    once, and the first background row of `first` takes the places that are left (one at least). `first` may be combined
-    already: (a, b), c gives the same rows and counts as a, (b, c). A part of `second` whose name is taken gets a number
-    ("head 2"). ValueError if the tokens belong to model families of different text widths.
+    (The authors' program puts all rows into one softmax that it fills with BG1. On the demo model that hides the parts
+    of all tokens but the first.) The order and the grouping of a chain do not matter. A part of `second` whose name is
+    taken gets a number ("head 2"). ValueError if the tokens belong to model families of different text widths.
     """
     if first.width != second.width:
         raise ValueError(
@@ -111,19 +140,17 @@ def combine(first: PartToken, second: PartToken) -> PartToken:
             f"({family(first.width)}); combine tokens of one model family"
         )
     rows = len(first.counts)
-    single = [c if i in second.part_rows else 1 for i, c in enumerate(second.counts)]
-    counts = [*first.counts, *single]
-    filler = min(set(range(rows)) - set(first.part_rows))
-    counts[filler] = max(1, CONTEXT_LENGTH - sum(counts[:filler] + counts[filler + 1 :]))
+    of_first = first.groups or (0,) * rows
     renamed: dict[str, str] = {}
     for name in second.parts:
         renamed[name] = _free_name(name, {*first.names, *renamed.values()})
     return PartToken(
         torch.cat([first.embedding, second.embedding]),
         (*first.part_rows, *(rows + row for row in second.part_rows)),
-        tuple(counts),
+        (*first.counts, *second.counts),
         (*first.names, *(renamed[name] for name in second.names)),
         {key: value for key, value in first.info.items() if second.info.get(key) == value},
+        (*of_first, *(max(of_first) + 1 + group for group in (second.groups or (0,) * len(second.counts)))),
     )
 
 
@@ -227,11 +254,14 @@ def _load_safetensors(path: Path) -> PartToken:
     try:
         parts = tuple(int(p) for p in json.loads(metadata["part_rows"]))
         counts = tuple(int(c) for c in json.loads(metadata["count"]))
+        groups = tuple(int(g) for g in json.loads(metadata.get("groups", "[]")))
         names = tuple(str(n) for n in json.loads(metadata.get("names", json.dumps(_numbered(path.stem, len(parts))))))
     except (TypeError, KeyError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"its metadata 'part_rows', 'count' or 'names' are not JSON lists ({error})") from error
-    info = {k: v for k, v in metadata.items() if k not in ("part_rows", "count", "names")}
-    return PartToken(embedding.float(), parts, counts, names, info)
+        raise ValueError(
+            f"its metadata 'part_rows', 'count', 'names' or 'groups' are not JSON lists ({error})"
+        ) from error
+    info = {k: v for k, v in metadata.items() if k not in ("part_rows", "count", "names", "groups")}
+    return PartToken(embedding.float(), parts, counts, names, info, groups)
 
 
 def _some(keys: Sequence[str]) -> str:
@@ -270,4 +300,6 @@ def save(token: PartToken, path: Path) -> None:
         "count": json.dumps(token.counts),
         "names": json.dumps(token.names),
     }
+    if token.groups:
+        metadata["groups"] = json.dumps(token.groups)
     save_file({"embedding": token.embedding.float().contiguous()}, str(path), metadata)

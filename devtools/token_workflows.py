@@ -55,8 +55,7 @@ TWO_NOTE = """\
 Press **Run**. **Combine Part Tokens** makes one token of *torso* and *head*; both become blue, and the legs \
 stay red.
 
-1. Each **Load Part Token** names a part. For a third, add another **Combine Part Tokens** behind the first. The order \
-matters: if a part is not found, put its token first.
+1. Each **Load Part Token** names a part. For a third, add another **Combine Part Tokens** behind the first.
 2. The sampler takes the combined token like any other.
 3. **Find Part** gives one heat map per part, in the order in which they were combined.
 

@@ -50,9 +50,7 @@ class PartTokenCombine(io.ComfyNode):
             description="Several parts at once: head and torso in one run. Chain the node for more than two.",
             search_aliases=["partedit", "several parts", "multiple parts"],
             inputs=[
-                PartTokenType.Input(
-                    "part_token_a", tooltip="A part token, or several combined. Its background fills the context."
-                ),
+                PartTokenType.Input("part_token_a", tooltip="A part token, or several combined."),
                 PartTokenType.Input("part_token_b", tooltip="Another, of the same model family."),
             ],
             outputs=[

@@ -36,16 +36,17 @@ def same(one, other):
     return (
         torch.equal(one.embedding, other.embedding)
         and one.parts == other.parts
-        and (one.counts, one.info) == (other.counts, other.info)
+        and (one.counts, one.groups, one.info) == (other.counts, other.groups, other.info)
     )
 
 
 # ---------------------------------------------------------------- the token
 
 
-def test_two_tokens_are_stacked_as_the_authors_do_and_padded_with_the_first_background():
+def test_two_tokens_are_stacked_as_the_authors_do_and_every_row_keeps_its_count():
     assert torch.equal(BOTH.embedding, torch.cat([HEAD.embedding, TORSO.embedding]))
-    assert BOTH.counts == (74, 1, 1, 1)
+    assert BOTH.counts == (76, 1, 76, 1)
+    assert BOTH.softmaxes == [([0, 1], [[1]]), ([2, 3], [[1]])]
     assert BOTH.parts == {"head": (1,), "torso": (3,)}
 
 
@@ -59,28 +60,28 @@ def test_how_a_chain_is_grouped_does_not_matter(tokens):
     left, right = combine(combine(a, b), c), combine(a, combine(b, c))
     assert same(left, right)
     if not any(token is WORDS for token in tokens):
-        assert left.counts == (72, 1, 1, 1, 1, 1)
+        assert left.counts == (76, 1) * 3
 
 
-def test_forty_parts_keep_all_rows_and_no_count_falls_below_one():
+def test_forty_parts_keep_all_rows_and_counts():
     token = HEAD
     for seed in range(39):
         token = combine(token, part("part", seed))
-    assert token.counts == (1,) * 80
+    assert token.counts == (76, 1) * 40
     assert len(token.parts) == 40
-    assert token.padded("zero", randn(77, tiny.WIDTH, seed=1)).counts == token.counts
+    assert token.padded("zero", randn(77, tiny.WIDTH, seed=1)).counts == (*(1,) * 80, *(75,) * 40)
 
 
 def test_words_keep_their_whole_context_beside_a_learned_part():
-    assert MIXED.counts == (1,) * 79
+    assert MIXED.counts == (76, *(1,) * 78)
     assert MIXED.parts == {"head": (1,), "car hood": (3, 4)}
-    assert combine(WORDS, HEAD).counts == (1,) * 79
+    assert combine(WORDS, HEAD).counts == (*(1,) * 77, 76, 1)
     assert combine(WORDS, HEAD).parts == {"car hood": (1, 2), "head": (78,)}
 
 
-def test_a_part_whose_row_comes_first_is_never_the_padding():
+def test_a_part_whose_row_comes_first_stays_a_part():
     turned = PartToken(HEAD.embedding.flip(0), (0,), (1, 76), ("head",))
-    assert combine(turned, TORSO).counts == (1, 74, 1, 1)
+    assert combine(turned, TORSO).counts == (1, 76, 76, 1)
     assert combine(turned, TORSO).parts == {"head": (0,), "torso": (3,)}
 
 
@@ -114,12 +115,18 @@ def test_tokens_of_two_model_families_are_refused_with_both_widths():
 
 
 def written_out(token):
-    """The context, every row as often as it counts, and the places of each part."""
-    counts = torch.tensor(token.counts)
-    owner = torch.arange(len(counts)).repeat_interleave(counts)
-    return token.embedding[owner], [
-        [int(place) for row in rows for place in (owner == row).nonzero()] for rows in token.parts.values()
-    ]
+    """Of each softmax: the context, every row as often as it counts, and the places of each part."""
+    contexts, groups = [], token.groups or (0,) * len(token.counts)
+    for group in dict.fromkeys(groups):
+        own = torch.tensor([row for row, g in enumerate(groups) if g == group])
+        owner = own.repeat_interleave(torch.tensor(token.counts)[own])
+        places = [
+            [int(place) for row in rows for place in (owner == row).nonzero()]
+            for rows in token.parts.values()
+            if groups[rows[0]] == group
+        ]
+        contexts.append((token.embedding[owner], places))
+    return contexts
 
 
 def dense_maps(model, layers, seen, token, size):
@@ -127,17 +134,18 @@ def dense_maps(model, layers, seen, token, size):
 
     seen: {layer: (hidden states [h·w, channels], h, w)} of one source row.
     """
-    context, places = written_out(token)
     table, total = layer_table(model), 0
     for address in layers:
         hidden, h, w = seen[address]
         layer = table[address]
-        q, k = layer.block.attn2.to_q(hidden), layer.block.attn2.to_k(context)
+        q, maps = layer.block.attn2.to_q(hidden), []
         d = q.shape[-1] // layer.heads
-        probabilities = sum(
-            (qi @ ki.T * d**-0.5).softmax(-1) for qi, ki in zip(q.split(d, -1), k.split(d, -1), strict=True)
-        )
-        maps = [probabilities[:, at].sum(-1) for at in places]
+        for context, places in written_out(token):
+            k = layer.block.attn2.to_k(context)
+            probabilities = sum(
+                (qi @ ki.T * d**-0.5).softmax(-1) for qi, ki in zip(q.split(d, -1), k.split(d, -1), strict=True)
+            )
+            maps += [probabilities[:, at].sum(-1) for at in places]
         if len(maps) > 1:
             highest = max(part.max() for part in maps)
             maps = [(part - part.min()) / (highest - part.min() + 1e-6) for part in maps]
@@ -232,8 +240,7 @@ def test_every_padding_of_several_parts_gives_a_mask_and_leaves_words_as_they_ar
     done = tiny.edit(model, tiny.SD15, part_token=BOTH, latent_image=tiny.latent(16, 8), steps=2, padding=padding)
     assert torch.isfinite(done.edited).all()
     assert done.mask.max() > 0
-    for token in (MIXED, WORDS):
-        assert same(token.padded(padding, randn(77, tiny.WIDTH, seed=1)), token)
+    assert same(WORDS.padded(padding, randn(77, tiny.WIDTH, seed=1)), WORDS)
 
 
 @torch.inference_mode()

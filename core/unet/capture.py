@@ -35,8 +35,11 @@ class PartCapture:
         queries = attention.to_q(hidden)
         keys = self._key(address, attention.to_k, hidden)
         counts = torch.tensor(self.token.counts, device=hidden.device)
-        parts = list(self.token.parts.values())
-        into.add(part_attention(queries, keys, counts, parts, layer.heads), h, w)
+        maps = [
+            part_attention(queries, keys[rows], counts[rows], parts, layer.heads)
+            for rows, parts in self.token.softmaxes
+        ]
+        into.add(torch.cat(maps, 1), h, w)
 
     def _key(self, address: Address, to_k: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         if address in self._keys:
