@@ -262,7 +262,10 @@ def _optimise(
 
     log.info("Scalpel: training for %d steps, %s loss", recipe.steps, recipe.loss)
     with torch.inference_mode(False), torch.enable_grad():
-        return optimise_token(queries, masks.clone().to(queries[0].to_k.device), recipe, seed, on_step)
+        return optimise_token(
+            queries, masks.clone().to(queries[0].to_k.device), recipe, seed, on_step,
+            comfy.model_management.throw_exception_if_processing_interrupted,
+        )  # fmt: skip
 
 
 def _with_info(

@@ -502,7 +502,7 @@ def test_a_bad_input_is_said_in_one_sentence(what, demo):
 
 
 def test_a_loss_that_is_no_number_blames_the_learning_rate(demo, monkeypatch):
-    monkeypatch.setattr(token_training, "optimise_token", lambda *arguments: arguments[-1](6, NAN))
+    monkeypatch.setattr(token_training, "optimise_token", lambda *arguments: arguments[4](6, NAN))
     with pytest.raises(ValueError, match=r"^learning_rate: the loss became nan at step 7 with a learning rate of 50;"):
         train(demo, learning_rate=50.0)
 
