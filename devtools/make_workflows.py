@@ -165,13 +165,7 @@ def edit_one_part(setting: Setting, info: Json) -> Workflow:
         negative=negative[0], latent_image=empty[0], seed=SEED, steps=setting.steps, part_token=token[0],
     )  # fmt: skip
 
-    side, left = 280, [790, 1090, 1390]
-    flow.group("4. Look", at=(770, 0), size=(3 * side + 80, 600))
-    before = flow.node("VAEDecode", at=(left[0], 75), size=(side, 50), samples=blend[1], vae=model[2])
-    found = flow.node("MaskToImage", at=(left[1], 75), size=(side, 30), mask=blend[2])
-    after = flow.node("VAEDecode", at=(left[2], 75), size=(side, 50), samples=blend[0], vae=model[2])
-    for node, title, x in ((before, "source", left[0]), (found, "mask", left[1]), (after, "edited", left[2])):
-        _save(flow, node, title, (x, 180), side)
+    token_workflows.look_at_edit(flow, model, blend)
     return flow
 
 
@@ -214,7 +208,7 @@ def find_a_part(setting: Setting, info: Json) -> Workflow:
         (mask_image, "mask", left[2]),
         (overlay, "found", left[3]),
     ):
-        _save(flow, node, title, (x, 180), side)
+        token_workflows.save_picture(flow, node, title, (x, 180), side)
     return flow
 
 
@@ -248,11 +242,6 @@ def _negative(flow: Workflow, setting: Setting, model: Node, positive: Node, y: 
             "ConditioningZeroOut", at=(20, y), size=(280, 30), title="negative (zeros)", conditioning=positive[0]
         )
     return _text(flow, model, "negative", setting.negative, y)
-
-
-def _save(flow: Workflow, image: Node, title: str, at: tuple[int, int], side: int) -> None:
-    prefix = f"scalpel/{title.replace(' ', '_')}"
-    flow.node("SaveImage", at=at, size=(side, side + 80), title=title, images=image[0], filename_prefix=prefix)
 
 
 if __name__ == "__main__":

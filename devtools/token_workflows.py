@@ -89,8 +89,8 @@ def train_a_token(info: Json) -> Workflow:
     )  # fmt: skip
     flow.node("PartTokenSave", at=(380, 530), size=(330, 80), part_token=trained[0], filename_prefix=OWN_TOKEN)
     flow.group("3. Look", at=(770, 0), size=(860, 560))
-    _save(flow, trained[2], "heat maps", (790, 75), 400)
-    _save(flow, trained[1], "loss curve", (1210, 75), 400)
+    save_picture(flow, trained[2], "heat maps", (790, 75), 400)
+    save_picture(flow, trained[1], "loss curve", (1210, 75), 400)
     return flow
 
 
@@ -137,7 +137,7 @@ def two_parts(info: Json) -> Workflow:
         "AttentionMaskExtractor", at=(790, 695), size=(280, 230), model=model[0], part_token=both[0], latent=blend[1],
     )  # fmt: skip
     picture = flow.node("MaskToImage", at=(1090, 695), size=(280, 30), mask=heat[0])
-    _save(flow, picture, "heat maps", (1390, 695), 280)
+    save_picture(flow, picture, "heat maps", (1390, 695), 280)
     return flow
 
 
@@ -161,14 +161,14 @@ def word_or_token(info: Json) -> Workflow:
     side, left = 280, [790, 1090, 1390]
     flow.group("3. Look", at=(770, 0), size=(3 * side + 80, 780))
     picture = flow.node("VAEDecode", at=(left[0], 75), size=(side, 50), samples=latent[0], vae=model[2])
-    _save(flow, picture, "picture", (left[0], 400), side)
+    save_picture(flow, picture, "picture", (left[0], 400), side)
     for part, title, x in ((word, "the word", left[1]), (token, "the token", left[2])):
         heat = flow.node(
             "AttentionMaskExtractor", at=(x, 75), size=(side, 210), model=model[0], part_token=part[0],
             latent=latent[0],
         )  # fmt: skip
         image = flow.node("MaskToImage", at=(x, 330), size=(side, 30), mask=heat[0])
-        _save(flow, image, title, (x, 400), side)
+        save_picture(flow, image, title, (x, 400), side)
     return flow
 
 
@@ -189,17 +189,22 @@ def _edit_and_look(
         "FeatureBlendSampler", at=(380, 75), size=(330, 520), model=model[0], source=source, edit=edit,
         negative=negative[0], latent_image=empty[0], seed=SEED, steps=STEPS, part_token=token[0], **more,
     )  # fmt: skip
+    look_at_edit(flow, model, blend)
+    return blend
+
+
+def look_at_edit(flow: Workflow, model: Node, blend: Node) -> None:
+    """Source, mask and edit of a Feature Blend Sampler, decoded and saved side by side."""
     side, left = 280, [790, 1090, 1390]
     flow.group("4. Look", at=(770, 0), size=(3 * side + 80, 600))
     before = flow.node("VAEDecode", at=(left[0], 75), size=(side, 50), samples=blend[1], vae=model[2])
     found = flow.node("MaskToImage", at=(left[1], 75), size=(side, 30), mask=blend[2])
     after = flow.node("VAEDecode", at=(left[2], 75), size=(side, 50), samples=blend[0], vae=model[2])
     for node, title, x in ((before, "source", left[0]), (found, "mask", left[1]), (after, "edited", left[2])):
-        _save(flow, node, title, (x, 180), side)
-    return blend
+        save_picture(flow, node, title, (x, 180), side)
 
 
-def _save(flow: Workflow, image: Any, title: str, at: tuple[int, int], side: int) -> None:
+def save_picture(flow: Workflow, image: Any, title: str, at: tuple[int, int], side: int) -> None:
     prefix = f"scalpel/{title.replace(' ', '_')}"
     link = image[0] if isinstance(image, Node) else image
     flow.node("SaveImage", at=at, size=(side, side + 80), title=title, images=link, filename_prefix=prefix)
