@@ -245,7 +245,7 @@ def _load_safetensors(path: Path) -> PartToken:
                 if len(keys) < 2 or not any(_is_one_token(file.get_slice(key).get_shape()) for key in keys):
                     raise ValueError(f"it holds no tensor named 'embedding'; found: {_some(keys)}")
                 return from_tensors({key: file.get_tensor(key) for key in keys})
-            embedding = file.get_tensor("embedding")
+            embedding = file.get_tensor("embedding").clone()  # at an even address: products have the same bits then
     except SafetensorError as error:
         raise ValueError(f"it is not a whole safetensors file ({error})") from error
     _check_tensor(embedding, "'embedding'")

