@@ -260,7 +260,7 @@ def test_same_prompts_with_an_area_and_a_mask_stay_the_same_picture(model):
     masked = tiny.with_options(tiny.prompt(KIND, 4), mask=torch.rand(1, 16, 8), strength=1.0)
     prompts = [*same, *masked]
     output = tiny.edit(model, KIND, source=prompts, edit=prompts, latent_image=SMALL)
-    assert tiny.relative(output.edited, output.source) < 1e-6  # not bit for bit: the crop ends in layers of 1 × 1
+    assert tiny.relative(output.edited, output.source) < 1e-5  # not bit for bit: the crop ends in layers of 1 × 1
 
 
 def test_prompts_that_take_turns_are_all_used_for_the_map(model):
