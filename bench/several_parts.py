@@ -29,7 +29,7 @@ STYLE = "object"
 
 @dataclass(frozen=True)
 class Run:
-    """One way to edit: `parts` are those its token holds, in the order in which they were combined."""
+    """One way to edit: `parts` are those its token holds."""
 
     parts: tuple[str, ...]
     token: PartToken

@@ -112,7 +112,10 @@ class PromptToPrompt(io.ComfyNode):
 
 
 def check_prompt_control(control: PromptControl, source: Any, edit: Any, edits: int) -> None:
-    """ValueError unless the prompts are those that the control was made with, and the edit is a single one."""
+    """ValueError unless the prompts are those that the control was made with.
+
+    edits: batch size of the edit prompt, which may not be larger than the control's.
+    """
     if edits > max(len(known) for known in control.edit_contexts):
         raise ValueError(f"prompt_control: it tells of one edit prompt, but 'edit' holds {edits}; give one at a time")
     for name, conditioning, known in (

@@ -60,16 +60,11 @@ def _read(tokenizer: Any, chunks: list[Chunk], ends: set[int], width: int | None
         for token, _, word_id in chunk:
             if isinstance(token, torch.Tensor):  # a textual inversion
                 close()
-                vectors = token.reshape(-1, token.shape[-1])
-                if (
-                    width is None or token.shape[-1] == width
-                ):  # others are left out by ComfyUI, and what follows moves up
-                    places = range(place, place + len(vectors))
-                    words += [
-                        Word("", (v.float().cpu().numpy().tobytes(),), (p,))
-                        for v, p in zip(vectors, places, strict=True)
-                    ]
-                    place += len(vectors)
+                if width not in (None, token.shape[-1]):  # left out by ComfyUI, and what follows moves up
+                    continue
+                for vector in token.reshape(-1, token.shape[-1]):
+                    words.append(Word("", (vector.float().cpu().numpy().tobytes(),), (place,)))
+                    place += 1
                 continue
             if word_id == 0 or token in ends:
                 close()
