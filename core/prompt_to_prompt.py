@@ -39,12 +39,13 @@ class Word:
 @dataclass(frozen=True)
 class Prompt:
     """A tokenized prompt. length: columns of its context; specials: per chunk of 77, the places of start, end and
-    padding tokens, in this order.
+    padding tokens, in this order; text: as it was written.
     """
 
     words: tuple[Word, ...]
     specials: tuple[tuple[int, ...], ...]
     length: int
+    text: str = ""
 
     def find(self, phrase: Prompt) -> list[int]:
         """Places of the tokens of every occurrence of a phrase; empty if it does not occur."""

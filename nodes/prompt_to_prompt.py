@@ -88,11 +88,10 @@ class PromptToPrompt(io.ComfyNode):
         for name, prompt in (("source_text", source), ("edit_text", edit)):
             if not prompt.words:
                 raise ValueError(f"{name}: it has no words; write what the picture shows")
-        limit = LARGEST_WEIGHT
-        weights = _per_word(clip, edit, edit_text, "word_weights", word_weights, -limit, limit, 1.0)
+        weights = _per_word(clip, edit, "word_weights", word_weights, -LARGEST_WEIGHT, LARGEST_WEIGHT, 1.0)
         if mode == "reweight" and not word_weights.strip():
             raise ValueError("word_weights: it is empty, so there is nothing to reweight; write for example 'red: 2'")
-        until = _per_word(clip, edit, edit_text, "word_cross_replace", word_cross_replace, 0.0, 1.0, cross_replace)
+        until = _per_word(clip, edit, "word_cross_replace", word_cross_replace, 0.0, 1.0, cross_replace)
         if mode == "reweight" and not ((weights != 1) & (until > 0)).any():
             raise ValueError(
                 "cross_replace: it is 0 for every word that has a weight, and weights act in the steps that it gives; "
@@ -102,7 +101,7 @@ class PromptToPrompt(io.ComfyNode):
         encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (source_text, edit_text)]
         _check_length(encoded[0], source, "source_text")
         _check_length(encoded[1], edit, "edit_text")
-        source_words, edit_words = _local_blend(clip, [source, edit], [source_text, edit_text], local_blend_words)
+        source_words, edit_words = _local_blend(clip, source, edit, local_blend_words)
         control = PromptControl(
             mapping, mapped, until, weights, self_replace,
             tuple(entry[0] for entry in encoded[0]), tuple(entry[0] for entry in encoded[1]),
@@ -130,12 +129,10 @@ def check_prompt_control(control: PromptControl, source: Any, edit: Any, edits: 
                 )
 
 
-def _per_word(
-    clip: Any, edit: Prompt, edit_text: str, name: str, text: str, low: float, high: float, default: float
-) -> torch.Tensor:
+def _per_word(clip: Any, edit: Prompt, name: str, text: str, low: float, high: float, default: float) -> torch.Tensor:
     """[edit tokens]: the numbers that `text` ("robot: 0.4, big dog: 0.2") gives to words, `default` for the others."""
     values = torch.full((edit.length,), float(default))
-    for item in filter(None, (piece.strip() for piece in text.replace("\n", ",").split(","))):
+    for item in _items(text):
         words, colon, number = item.rpartition(":")
         try:
             value = float(number)
@@ -146,28 +143,29 @@ def _per_word(
                 f"{name}: {item!r} is not understood; write 'word: number' with numbers from {low:g} to {high:g}, "
                 "several separated by commas"
             )
-        values[_places(clip, [edit], [edit_text], name, words)[0]] = value
+        values[_places(clip, [edit], name, words)[0]] = value
     return values
 
 
-def _local_blend(
-    clip: Any, prompts: list[Prompt], texts: list[str], words_text: str
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _local_blend(clip: Any, source: Prompt, edit: Prompt, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Places of the words in the source and in the edit."""
-    found: tuple[list[int], list[int]] = ([], [])
-    for words in filter(None, (piece.strip() for piece in words_text.replace("\n", ",").split(","))):
-        here = _places(clip, prompts, texts, "local_blend_words", words)
-        for all_places, places in zip(found, here, strict=True):
-            all_places.extend(places)
-    return tuple(found[0]), tuple(found[1])
+    found = [_places(clip, [source, edit], "local_blend_words", words) for words in _items(text)]
+    in_source, in_edit = ([place for places in found for place in places[i]] for i in (0, 1))
+    return tuple(in_source), tuple(in_edit)
 
 
-def _places(clip: Any, prompts: list[Prompt], texts: list[str], name: str, words: str) -> list[list[int]]:
+def _items(text: str) -> list[str]:
+    """The pieces of a list, separated by commas or new lines."""
+    return [piece.strip() for piece in text.replace("\n", ",").split(",") if piece.strip()]
+
+
+def _places(clip: Any, prompts: list[Prompt], name: str, words: str) -> list[list[int]]:
     """Where `words` stand in each of the prompts. ValueError if in none."""
     phrase = read_prompt(clip, words.strip(), name)
     places = [prompt.find(phrase) for prompt in prompts]
     if not any(places):
-        raise ValueError(f"{name}: {words.strip()!r} is not a word of {' or '.join(map(repr, texts))}")
+        texts = " or ".join(repr(prompt.text) for prompt in prompts)
+        raise ValueError(f"{name}: {words.strip()!r} is not a word of {texts}")
     return places
 
 

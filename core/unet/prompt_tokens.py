@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ def readings(clip: Any, text: str) -> list[Prompt]:
         found = []
         for encoder, chunks in clip.tokenize(text, return_word_ids=True).items():
             start, end = (place[0] for place in empty[encoder][0][:2])
-            found.append(_read(clip.tokenizer, chunks, {start, end}, _input_width(clip, encoder)))
+            read = _read(clip.tokenizer, chunks, {start, end}, _input_width(clip, encoder))
+            found.append(dataclasses.replace(read, text=text))
         return found
     except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(
