@@ -126,6 +126,14 @@ class PartToken:
         )
 
 
+def row_counts(backgrounds: int, parts: int, length: int) -> tuple[int, ...]:
+    """Counts of a token's rows, backgrounds first: the parts stand once, the backgrounds fill up `length`, as evenly as
+    they can.
+    """
+    each, more = divmod(length - parts, backgrounds)
+    return (*(each + (i < more) for i in range(backgrounds)), *(1,) * parts)
+
+
 def combine(first: PartToken, second: PartToken) -> PartToken:
     """Several parts at once (PartEdit, appendix M): the rows of both tokens, [BG1, P1, BG2, P2] as the authors stack
     them, each token with its counts and in a softmax of its own, as it was trained.

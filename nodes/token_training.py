@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from comfy_api.latest import io
 
 from ..core.charts import loss_curve, overlay
-from ..core.part_token import PartToken, family, from_tensor
-from ..core.token_training import LOSSES, RECIPES, LayerQueries, Recipe, Trained, optimise_token
+from ..core.part_token import family
+from ..core.token_training import LOSSES, RECIPES, LayerQueries, Recipe, Trained, optimisation_bytes, optimise_token
 from ..core.unet.layers import HELP, layer_table, native_latent_size
 from ..core.unet.queries import collect_queries, for_training
 from .common import CATEGORY, PartTokenType, check_conditioning, check_range, checked_mask, schema, seed_input
@@ -126,8 +126,9 @@ class PartTokenTrainer(io.ComfyNode):
             model, {"samples": samples}, chosen.layers, (noise_start, noise_end), timesteps, seed, positive,
             progress.advance,
         )  # fmt: skip
-        trained = _optimise(for_training(queries, model.load_device), painted, chosen, seed, progress)
-        token = _with_info(from_tensor(trained.embedding, name), trained, chosen, recipe, (noise_start, noise_end))
+        needed = optimisation_bytes(queries, (painted.shape[-2], painted.shape[-1]), chosen)
+        trained = _optimise(for_training(queries, needed, model.load_device), painted, chosen, seed, progress)
+        token = trained.token(name, _info(trained, chosen, recipe, (noise_start, noise_end)))
         title = f"{name}: {chosen.loss} loss {trained.losses[-1]:.4g} after {chosen.steps} steps"
         return io.NodeOutput(token, loss_curve(trained.losses, title), overlay(pictures, trained.heatmaps, painted))
 
@@ -268,11 +269,9 @@ def _optimise(
         )  # fmt: skip
 
 
-def _with_info(
-    token: PartToken, trained: Trained, recipe: Recipe, recipe_name: str, noise: tuple[float, float]
-) -> PartToken:
-    info = {
-        "model_family": family(token.width),
+def _info(trained: Trained, recipe: Recipe, recipe_name: str, noise: tuple[float, float]) -> dict[str, str]:
+    return {
+        "model_family": family(trained.embedding.shape[1]),
         "layers": recipe.layers,
         "noise_range": json.dumps(noise),
         "images": str(len(trained.heatmaps)),
@@ -282,4 +281,3 @@ def _with_info(
         "steps": str(recipe.steps),
         "learning_rate": f"{recipe.learning_rate:g}",
     }
-    return dataclasses.replace(token, info=info)

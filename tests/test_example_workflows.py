@@ -150,10 +150,13 @@ def test_the_template_browser_lists_and_gets_them(server):
         assert Image.open(io.BytesIO(server._request(f"{address}.jpg"))).format == "JPEG"
 
 
-def test_edit_one_part_runs_untouched(server):
-    prompt = api_workflow("edit_one_part")
+@pytest.mark.parametrize(
+    ("name", "more"), [("edit_one_part", set()), ("edit_with_your_token", set()), ("two_parts", {"heat maps"})]
+)
+def test_an_edit_runs_untouched_and_changes_where_the_mask_is(server, name, more):
+    prompt = api_workflow(name)
     found = pictures(server, prompt, server.run(prompt))
-    assert set(found) == {"source", "edited", "mask"}
+    assert set(found) == {"source", "edited", "mask"} | more
     assert {picture.shape for picture in found.values()} == {(256, 256, 3)}
     change = np.abs(found["edited"] - found["source"]).mean(2)
     inside, outside = found["mask"].mean(2) >= 0.5, found["mask"].mean(2) < 0.1
@@ -183,16 +186,6 @@ def test_train_a_token_runs_untouched_and_what_it_saves_can_be_chosen(server):
     loader["inputs"]["token"] = "my_part_00001.safetensors"
     found = pictures(server, edit, server.run(edit))
     assert not np.array_equal(found["source"], found["edited"])
-
-
-@pytest.mark.parametrize("name", ["edit_with_your_token", "two_parts"])
-def test_what_is_edited_changes_where_the_mask_is(server, name):
-    prompt = api_workflow(name)
-    found = pictures(server, prompt, server.run(prompt))
-    change = np.abs(found["edited"] - found["source"]).mean(2)
-    inside, outside = found["mask"].mean(2) >= 0.5, found["mask"].mean(2) < 0.1
-    assert 0.01 < inside.mean() < 0.5
-    assert change[inside].mean() > 4 * change[outside].mean()
 
 
 def test_word_or_token_runs_untouched(server):

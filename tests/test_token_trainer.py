@@ -13,7 +13,7 @@ import torch
 from scalpel.core.charts import loss_curve, overlay
 from scalpel.core.heatmap import normalise
 from scalpel.core.part_token import from_tensor
-from scalpel.core.token_training import LOSSES, RECIPES, predicted_map
+from scalpel.core.token_training import LOSSES, RECIPES, optimisation_bytes, predicted_map
 from scalpel.core.unet import queries
 from scalpel.core.unet.layers import layer_table
 from scalpel.core.unet.queries import collect_queries, query_numbers
@@ -240,17 +240,18 @@ def test_queries_that_do_not_fit_into_memory_are_refused_before_the_model_runs(m
     assert counted.rows == []
 
 
-@pytest.mark.parametrize("free", [10**12, 10**8], ids=["room", "no room"])
+@pytest.mark.parametrize("free", [10**12, 10**4], ids=["room", "no room"])
 def test_queries_go_to_the_gpu_if_there_is_room_and_are_streamed_if_not(model, free, monkeypatch):
     """The "meta" device stands for a GPU."""
     layers, asked = collect(model), []
     monkeypatch.setattr(comfy.model_management, "free_memory", lambda needed, device: asked.append(needed))
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: free)
-    moved = queries.for_training(layers, torch.device("meta"))
+    needed = optimisation_bytes(layers, (128, 64), RECIPES["fast"])
+    moved = queries.for_training(layers, needed, torch.device("meta"))
     assert {layer.to_k.device.type for layer in moved} == {"meta"}
     assert {layer.queries.device.type for layer in moved} == {"meta" if free == 10**12 else "cpu"}
-    assert asked[0] > sum(layer.queries.nbytes for layer in layers)
-    assert queries.for_training(layers, torch.device("cpu")) is layers
+    assert asked[0] == needed > sum(layer.queries.nbytes for layer in layers)
+    assert queries.for_training(layers, needed, torch.device("cpu")) is layers
 
 
 # ---------------------------------------------------------------- the node

@@ -23,6 +23,7 @@ from scalpel.core.token_training import (
 )  # fmt: skip
 
 PAPER, FAST = RECIPES["paper"], RECIPES["fast"]
+ONE_EACH = dataclasses.replace(FAST, backgrounds=1, parts=1)
 WIDTH = 12
 
 
@@ -61,21 +62,22 @@ def _authors_loss(embedding, layers, masks, loss):
     return {"l2": F.mse_loss, "bce": F.binary_cross_entropy}[loss](maps, target)
 
 
-def _inference_loss(embedding, layers, masks, loss):
+def _inference_loss(embedding, layers, masks, loss, backgrounds=1):
     """The 77 tokens of inference; each image's map stretched to 0…1 by itself."""
-    context = torch.cat([embedding, embedding[:1].expand(75, -1)])
+    ground, parts = embedding[:backgrounds], embedding[backgrounds:]
+    context = torch.cat([parts, ground.repeat(77, 1)[: 77 - len(parts)]])
     maps = 0
     for m in layers:
-        attention = _softmax(context, m)[..., 1].sum((1, 2)).unflatten(1, (m.h, m.w))
+        attention = _softmax(context, m)[..., : len(parts)].sum(-1).sum((1, 2)).unflatten(1, (m.h, m.w))
         maps = maps + F.interpolate(attention[:, None], masks.shape[-2:], mode="bilinear")[:, 0]
     low, high = maps.flatten(1).min(1).values[:, None, None], maps.flatten(1).max(1).values[:, None, None]
     maps = ((maps - low) / (high - low + 1e-8)).clamp(1e-5, 1 - 1e-5)
-    flatness = FAST.flatness * ((embedding[1] - embedding[0]) ** 2).mean()
+    flatness = FAST.flatness * ((embedding[1:] - embedding[0]) ** 2).mean()
     return {"l2": F.mse_loss, "bce": F.binary_cross_entropy}[loss](maps, masks) + flatness
 
 
 @pytest.mark.parametrize("loss", ["l2", "bce"])
-@pytest.mark.parametrize(("recipe", "written_out"), [(PAPER, _authors_loss), (FAST, _inference_loss)])
+@pytest.mark.parametrize(("recipe", "written_out"), [(PAPER, _authors_loss), (ONE_EACH, _inference_loss)])
 def test_loss_and_gradient_are_those_of_the_full_softmax(recipe, written_out, loss):
     layers = [dataclasses.replace(m, queries=m.queries.double(), to_k=m.to_k.double()) for m in _layers()]
     masks, recipe = _masks().double(), dataclasses.replace(recipe, loss=loss)
@@ -83,6 +85,21 @@ def test_loss_and_gradient_are_those_of_the_full_softmax(recipe, written_out, lo
     value = token_loss(ours, layers, masks, recipe)
     value.backward()
     expected = written_out(theirs, layers, masks, loss)
+    expected.backward()
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("backgrounds", "parts"), [(1, 1), (2, 1), (1, 3), (2, 2), (3, 2)])
+def test_any_number_of_rows_gives_the_loss_and_gradient_of_the_full_softmax(backgrounds, parts):
+    layers = [dataclasses.replace(m, queries=m.queries.double(), to_k=m.to_k.double()) for m in _layers()]
+    recipe = dataclasses.replace(FAST, backgrounds=backgrounds, parts=parts)
+    ours, theirs = (_randn(backgrounds + parts, WIDTH, seed=s).double().requires_grad_() for s in (7, 7))
+    value, expected = (
+        token_loss(ours, layers, _masks().double(), recipe),
+        _inference_loss(theirs, layers, _masks().double(), "l2", backgrounds),
+    )
+    value.backward()
     expected.backward()
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-9)
@@ -244,7 +261,7 @@ def test_twenty_sdxl_pictures_and_eight_layers_take_less_than_8_gb():
 def test_recipes_can_be_altered_one_by_one():
     recipe = Recipe(steps=5, learning_rate=0.1, loss="bce", layers="all")
     layers, masks = _layers(), _masks()
-    for change in ({"scale": "tensor"}, {"scale": "image"}, {"background": 1}, {"resolution": "masks"}, {"loss": "l2"}):
+    for change in ({"scale": "tensor"}, {"backgrounds": 2}, {"parts": 3}, {"padded": False}, {"resolution": "masks"}, {"loss": "l2"}):
         trained = optimise_token(layers, masks, dataclasses.replace(recipe, **change))
         assert len(trained.losses) == 5
         assert torch.isfinite(trained.embedding).all()

@@ -79,14 +79,14 @@ def query_numbers(
     return pictures * timesteps * numbers
 
 
-def for_training(layers: list[LayerQueries], device: torch.device) -> list[LayerQueries]:
+def for_training(layers: list[LayerQueries], needed: int, device: torch.device) -> list[LayerQueries]:
     """The keys on `device`, where the token is optimised, and the queries too if ComfyUI can make room for them there.
 
-    Queries that stay in main memory are streamed from it at every step, picture by picture.
+    needed: bytes that the optimisation takes with its queries there (`optimisation_bytes`). Queries that stay in main
+    memory are streamed from it at every step, picture by picture.
     """
     if comfy.model_management.is_device_cpu(device):
         return layers
-    needed = 1.1 * sum(layer.queries.nbytes for layer in layers) + 2**29
     comfy.model_management.free_memory(needed, device)
     fits = comfy.model_management.get_free_memory(device) >= needed
     if not fits:
