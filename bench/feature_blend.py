@@ -31,7 +31,7 @@ import torch
 
 from ..core import part_token
 from ..core.unet.rows import PairedRows, stack
-from ..core.unet.sampling import model_sigmas
+from ..core.unet.inputs import model_sigmas
 from ..nodes.feature_blend import FeatureBlendSampler
 from ..partsworld import loader, tokens
 from . import _report

@@ -279,6 +279,8 @@ def optimise_token(
 
     for step in range(recipe.steps):
         losses.append(float(optimiser.step(closure)))
+        if step and losses[-1] >= losses[-2] and recipe.optimiser == "lbfgs":
+            optimiser.state.clear()  # a line search that finds nothing would find nothing again: begin anew from here
         schedule.step()
         if on_step is not None:
             on_step(step, losses[-1])

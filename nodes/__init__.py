@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .feature_blend import EditBatch, FeatureBlendSampler, FeatureBlendSamplerAdvanced
+from .inversion import DDIMInversion, EditFriendlyInversion, LEDITSInversion, NullTextInversion
 from .masks import AdaptiveThreshold, AttentionMaskExtractor
 from .part_tokens import PartTokenLoader, PartTokenSave
 from .partsworld import PartsWorldLoader
@@ -12,6 +13,7 @@ from .prompt_to_prompt import PromptToPrompt
 from .token_dataset import PartTokenDataset
 from .token_making import PartTokenCombine, PartTokenFromText
 from .token_training import PartTokenTrainer
+from .trajectories import RecordTrajectory, ReplayTrajectory, TrajectoryLoad, TrajectorySave
 
 NODES: list[type[io.ComfyNode]] = [
     PartsWorldLoader,
@@ -27,6 +29,14 @@ NODES: list[type[io.ComfyNode]] = [
     PromptToPrompt,
     FeatureBlendSampler,
     FeatureBlendSamplerAdvanced,
+    RecordTrajectory,
+    DDIMInversion,
+    NullTextInversion,
+    EditFriendlyInversion,
+    LEDITSInversion,
+    ReplayTrajectory,
+    TrajectorySave,
+    TrajectoryLoad,
 ]
 
 

@@ -14,6 +14,7 @@ from ..core.unet.layers import HELP, context_width, is_sdxl
 CATEGORY = "Scalpel"
 PartTokenType = io.Custom("PART_TOKEN")
 PromptControlType = io.Custom("PROMPT_CONTROL")
+TrajectoryType = io.Custom("TRAJECTORY")
 
 _KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
 

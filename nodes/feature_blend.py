@@ -11,14 +11,18 @@ from comfy_api.latest import io
 
 from ..core.part_token import PartToken
 from ..core.prompt_to_prompt import PromptControl
+from ..core.trajectory import Trajectory, same_schedule
 from ..core.unet import sampling
 from ..core.unet.blend import BlendSpec
+from ..core.unet.inputs import checked_latent, model_sigmas
 from ..core.unet.layers import layer_table
+from ..core.unet.replay import check_latent_size, check_trajectory
 from ..core.unet.rows import PairedRows, batch_of, stack
 from .common import (
     CATEGORY,
     PartTokenType,
     PromptControlType,
+    TrajectoryType,
     check_conditioning,
     check_range,
     check_token,
@@ -104,6 +108,11 @@ def _optional_inputs() -> list[Any]:
             tooltip="From Prompt to Prompt, which also gives the source and the edit prompt. Without a token or a mask "
             "it edits the whole picture.",
         ),
+        TrajectoryType.Input(
+            "trajectory", optional=True,
+            tooltip="The picture to edit, from an inversion node or Record Trajectory, in the place of a generated "
+            "one. The noise levels must be its own; latent_image is the latent it came with.",
+        ),
     ]  # fmt: skip
 
 
@@ -155,15 +164,18 @@ class FeatureBlendSampler(io.ComfyNode):
         cls, model: Any, source: Any, edit: Any, negative: Any, latent_image: dict[str, Any], seed: int, steps: int,
         cfg: float, sampler_name: str, scheduler: str, denoise: float, omega: float, blend_until: float, layers: str,
         padding: str, part_token: PartToken | None = None, mask: torch.Tensor | None = None, mask_mode: str = "replace",
-        prompt_control: PromptControl | None = None,
+        prompt_control: PromptControl | None = None, trajectory: Trajectory | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         check_range("steps", steps, 1, 10000)
         check_range("denoise", denoise, 0.0, 1.0)
         layer_table(model)  # refuses models without a U-Net before anything is computed
-        sigmas = sampling.model_sigmas(model, sampler_name, scheduler, steps, denoise)
+        sigmas = model_sigmas(model, sampler_name, scheduler, steps, denoise)
+        if trajectory is not None:
+            sigmas = _recorded_part(sigmas, trajectory, scheduler)
         return _sample(
             model, source, edit, negative, _SeededNoise(seed), comfy.samplers.sampler_object(sampler_name), sigmas,
             latent_image, cfg, omega, blend_until, layers, padding, part_token, mask, mask_mode, prompt_control,
+            trajectory,
         )  # fmt: skip
 
 
@@ -194,11 +206,11 @@ class FeatureBlendSamplerAdvanced(io.ComfyNode):
         cls, model: Any, source: Any, edit: Any, negative: Any, noise: Any, sampler: Any, sigmas: torch.Tensor,
         latent_image: dict[str, Any], cfg: float, omega: float, blend_until: float, layers: str, padding: str,
         part_token: PartToken | None = None, mask: torch.Tensor | None = None, mask_mode: str = "replace",
-        prompt_control: PromptControl | None = None,
+        prompt_control: PromptControl | None = None, trajectory: Trajectory | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         return _sample(
             model, source, edit, negative, noise, sampler, sigmas, latent_image, cfg, omega, blend_until, layers,
-            padding, part_token, mask, mask_mode, prompt_control,
+            padding, part_token, mask, mask_mode, prompt_control, trajectory,
         )  # fmt: skip
 
 
@@ -216,12 +228,13 @@ def _sample(
     model: Any, source: Any, edit: Any, negative: Any, noise: Any, sampler: Any, sigmas: torch.Tensor,
     latent_image: dict[str, Any], cfg: float, omega: float, blend_until: float, layers: str, padding: str,
     part_token: PartToken | None, mask: torch.Tensor | None, mask_mode: str, prompt_control: PromptControl | None,
+    trajectory: Trajectory | None,
 ) -> io.NodeOutput:  # fmt: skip
     check_range("cfg", cfg, 1.0, 100.0)
     check_range("omega", omega, 0.25, 4.0)
     check_range("blend_until", blend_until, 0.0, 1.0)
     layer_table(model).select(layers)
-    samples = sampling.checked_latent(model, latent_image)
+    samples = checked_latent(model, latent_image)
     for name, conditioning in (("source", source), ("edit", edit), ("negative", negative)):
         check_conditioning(name, conditioning, model)
     if part_token is None and mask is None and prompt_control is None:
@@ -232,6 +245,9 @@ def _sample(
         raise ValueError(f"mask_mode: {mask_mode!r} is unknown; accepted are {' and '.join(MASK_MODES)}")
     if len(sigmas) < 2:
         raise ValueError("sigmas: there is no step to take; give at least two sigmas, or a denoise above 0")
+    if trajectory is not None:
+        check_trajectory(trajectory, model)
+        _check_source(trajectory, samples)
     rows = PairedRows.pair(batch_of(edit), len(samples))
     if part_token is not None:
         check_token(part_token, model)
@@ -239,13 +255,37 @@ def _sample(
     if mask is not None:
         mask = checked_mask(mask, rows.sources, (8 * samples.shape[-2], 8 * samples.shape[-1]))
     spec = BlendSpec(rows, part_token, omega, blend_until, layers, mask, mask_mode == "multiply", prompt_control)
-    result = sampling.sample_edit(model, source, edit, negative, noise, sampler, sigmas, latent_image, cfg, spec)
+    result = sampling.sample_edit(model, source, edit, negative, noise, sampler, sigmas, latent_image, cfg, spec, trajectory)
     return io.NodeOutput(
         _latent_like(latent_image, result.edited, rows.source_of),
         _latent_like(latent_image, result.source, list(range(rows.sources))),
         result.masks.mean(1),
         result.masks.flatten(0, 1),
     )
+
+
+def _recorded_part(sigmas: torch.Tensor, trajectory: Trajectory, scheduler: str) -> torch.Tensor:
+    """The end of a schedule that the trajectory has: an inversion may skip its first steps."""
+    recorded = sigmas[-len(trajectory.sigmas) :]
+    if same_schedule(recorded, trajectory.sigmas):
+        return recorded
+    made = f"{trajectory.steps} steps of {trajectory.scheduler}" if trajectory.scheduler else "another schedule"
+    raise ValueError(
+        f"steps, scheduler, denoise: they give {len(sigmas) - 1} steps of {scheduler} from sigma "
+        f"{float(sigmas[0]):.4g} to {float(sigmas[-1]):.4g}, but the trajectory was made with {made} from "
+        f"{float(trajectory.sigmas[0]):.4g} to {float(trajectory.sigmas[-1]):.4g}; set them as in the node that made "
+        "it, or give its sigmas to Feature Blend Sampler Advanced"
+    )
+
+
+def _check_source(trajectory: Trajectory, samples: torch.Tensor) -> None:
+    """ValueError unless the latent has the trajectory's size and number of images."""
+    check_latent_size(trajectory, (samples.shape[-2], samples.shape[-1]))
+    if len(samples) != trajectory.images:
+        raise ValueError(
+            f"latent_image: it has {len(samples)} pictures, and the trajectory {trajectory.images}; give the latent "
+            "that the trajectory came with"
+        )
 
 
 def _latent_like(latent: dict[str, Any], samples: torch.Tensor, source_of: list[int]) -> dict[str, Any]:

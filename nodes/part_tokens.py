@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import re
-import uuid
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io, ui
 
 from ..core import part_token
 from ..core.part_token import PartToken
+from ..core.part_token import save as save_token
 from .common import CATEGORY, PartTokenType, schema
+from .files import save_numbered
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +114,7 @@ class PartTokenSave(io.ComfyNode):
 
     @classmethod
     def execute(cls, part_token: PartToken, filename_prefix: str) -> io.NodeOutput:
-        file = save_numbered(part_token, filename_prefix)
+        file = save_numbered(lambda path: save_token(part_token, path), token_folder(), filename_prefix)
         name = file.relative_to(token_folder()).as_posix()
         log.info("Scalpel: saved the part token %s", file)
         return io.NodeOutput(ui=ui.PreviewText(f"models/{FOLDER}/{name}"))
@@ -124,78 +123,3 @@ class PartTokenSave(io.ComfyNode):
 def token_folder() -> Path:
     """Where tokens are saved: `models/part_tokens` of this ComfyUI."""
     return Path(folder_paths.models_dir) / FOLDER
-
-
-def save_numbered(token: PartToken, prefix: str) -> Path:
-    """Save a token under the prefix and the number after the largest one there; returns its file.
-
-    The file appears whole, under a name that nobody else has taken meanwhile. ValueError if the prefix is not a name
-    inside the token folder.
-    """
-    target = token_folder() / checked_prefix(prefix)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"filename_prefix: {prefix!r} names a folder where a file is; give another name") from error
-    written = target.parent / f".{uuid.uuid4().hex}.tmp"
-    try:
-        part_token.save(token, written)
-        while True:
-            file = target.with_name(f"{target.name}_{_next_number(target):05}.safetensors")
-            if _publish(written, file):
-                return file
-    finally:
-        written.unlink(missing_ok=True)
-
-
-def checked_prefix(prefix: str) -> PurePosixPath:
-    """A file name prefix from a workflow as a relative path. ValueError unless it is one that stays in its folder."""
-    path = prefix.strip().replace("\\", "/")
-    if not all(_usable(piece) for piece in path.split("/")):
-        raise ValueError(
-            f"filename_prefix: {prefix!r} cannot be used; accepted is a name such as 'head' or 'animals/head', inside "
-            f"models/{FOLDER}: not empty, no longer than 200 bytes, no dot at its beginning or end, none of "
-            '< > : " | ? *'
-        )
-    return PurePosixPath(path)
-
-
-_NOT_IN_NAMES = re.compile(r'[<>:"|?*\x00-\x1f\x7f]|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
-"""What some file system does not allow in a name: characters, and Windows' names of devices."""
-
-
-def _usable(name: str) -> bool:
-    """Whether every file system takes the name, and takes it for a name in this folder."""
-    bare = name == name.strip(". ") != ""
-    return bare and len(name.encode("utf-8", "replace")) <= 200 and not _NOT_IN_NAMES.search(name)
-
-
-def _next_number(target: Path) -> int:
-    pattern = re.compile(re.escape(target.name) + r"_(\d+)\.safetensors", re.IGNORECASE)
-    found = [pattern.fullmatch(file.name) for file in target.parent.iterdir()]
-    return max((int(match[1]) for match in found if match), default=0) + 1
-
-
-def _publish(written: Path, file: Path) -> bool:
-    """Give a written file its name, if that is free: whoever comes second gets False."""
-    try:
-        os.link(written, file)
-    except FileExistsError:
-        return False
-    except OSError:  # no hard links on this file system (exFAT, some network drives)
-        return _copy_to_new(written, file)
-    return True
-
-
-def _copy_to_new(written: Path, file: Path) -> bool:
-    try:
-        new = file.open("xb")
-    except FileExistsError:
-        return False
-    try:
-        with new:
-            new.write(written.read_bytes())
-    except BaseException:
-        file.unlink()
-        raise
-    return True

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sample
@@ -58,6 +59,10 @@ def _sdxl_unet() -> dict[str, Any]:
 
 
 SD15 = Kind(comfy.supported_models.SD15, _SD15, {"num_heads": 2, "num_head_channels": -1}, pooled=False)
+V_PREDICTION = Kind(
+    type("SD15", (comfy.supported_models.SD15,), {"model_type": lambda self, *_: comfy.model_base.ModelType.V_PREDICTION}),
+    _SD15, {"num_heads": 2, "num_head_channels": -1}, pooled=False,
+)  # fmt: skip
 SDXL = Kind(comfy.supported_models.SDXL, _sdxl_unet(), {"num_heads": -1, "num_head_channels": 16}, pooled=True)
 
 

@@ -13,7 +13,8 @@ import torch
 from ..token_training import LayerQueries
 from .layers import Address, LayerTable, layer_table
 from .rows import Conditioning
-from .sampling import checked_latent, noise_levels, probe
+from .inputs import checked_latent
+from .sampling import noise_levels, probe
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,12 @@ from comfy.patcher_extension import WrappersMP
 
 from ..heatmap import HeatmapSum, normalise
 from ..part_token import PartToken
+from ..trajectory import Trajectory
 from .blend import BlendRun, BlendSpec, FeatureBlend
 from .capture import PartCapture, spatial_size
+from .inputs import checked_latent
 from .layers import Address, address_of, context_width, layer_table, pooled_width
+from .replay import ride_along, start_latent
 from .rows import Conditioning, stack
 from .samplers import paired_sampler
 
@@ -36,37 +39,23 @@ class EditResult:
     masks: torch.Tensor
 
 
-def model_sigmas(model: Any, sampler_name: str, scheduler: str, steps: int, denoise: float) -> torch.Tensor:
-    """The sigmas that KSampler would use for these settings."""
-    sampler = comfy.samplers.KSampler(
-        model, steps, model.load_device, sampler_name, scheduler, denoise, model.model_options
-    )
-    return sampler.sigmas
-
-
-def checked_latent(model: Any, latent: dict[str, Any], name: str = "latent_image") -> torch.Tensor:
-    """The samples of a LATENT as this model takes them. ValueError if they have another number of channels."""
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
-    channels = model.get_model_object("latent_format").latent_channels
-    if samples.ndim != 4 or samples.shape[1] != channels:
-        raise ValueError(
-            f"{name}: its shape is {list(samples.shape)}; this model takes [batch, {channels}, height, width]"
-        )
-    return samples
-
-
 def sample_edit(
     model: Any, source: Conditioning, edit: Conditioning, negative: Conditioning, noise: Any, sampler: Any,
-    sigmas: torch.Tensor, latent: dict[str, Any], cfg: float, spec: BlendSpec,
+    sigmas: torch.Tensor, latent: dict[str, Any], cfg: float, spec: BlendSpec, trajectory: Trajectory | None = None,
 ) -> EditResult:  # fmt: skip
     """Denoise source and edits together, blending the edits into the source (see `blend.py`).
 
-    noise: a NOISE object. The MODEL is left as it was: everything happens on a clone that is dropped.
+    noise: a NOISE object. With a trajectory the source is what it recorded, and the edits start from its x_T: `latent`
+    tells their number alone. The MODEL is left as it was: everything happens on a clone that is dropped.
     """
     rows = spec.rows
     samples = checked_latent(model, latent)
     positive = stack([edit, source], [rows.edits, rows.sources], ["edit", "source"])
-    noises = rows.join(noise.generate_noise({**latent, "samples": samples}))
+    if trajectory is None:
+        noises = rows.join(noise.generate_noise({**latent, "samples": samples}))
+    else:
+        samples = start_latent(trajectory)["samples"]
+        noises = rows.join(torch.zeros_like(samples))
     noise_mask = latent.get("noise_mask")
     if noise_mask is not None and noise_mask.shape[0] == rows.sources > 1:
         noise_mask = rows.join(noise_mask)
@@ -74,6 +63,8 @@ def sample_edit(
     runs: list[BlendRun] = []
     patched = model.clone()
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, FeatureBlend(spec, runs.append))
+    if trajectory is not None:
+        ride_along(patched, trajectory, rows)
     denoised = comfy.sample.sample_custom(
         patched,
         noises,
@@ -88,7 +79,11 @@ def sample_edit(
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=noise.seed,
     )
-    return EditResult(denoised[: rows.edits], denoised[rows.edits :], runs[0].step_masks())
+    edited, made = denoised[: rows.edits], denoised[rows.edits :]
+    if trajectory is not None:
+        recorded = model.get_model_object("latent_format").process_out(trajectory.clean).to(made)
+        edited, made = recorded[rows.source_of] + (edited - made[rows.source_of]), recorded
+    return EditResult(edited, made, runs[0].step_masks())
 
 
 def _warn_of_frozen_models(model: Any) -> None:
