@@ -30,8 +30,8 @@ import numpy as np
 import torch
 
 from ..core import part_token
-from ..core.unet.rows import PairedRows, stack
 from ..core.unet.inputs import model_sigmas
+from ..core.unet.rows import PairedRows, stack
 from ..nodes.feature_blend import FeatureBlendSampler
 from ..partsworld import loader, tokens
 from . import _report

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -64,8 +65,8 @@ def ddim_inversion(
     """DDIM backwards (Song 2020): latents [steps + 1, …] at `sigmas`, the clean one last.
 
     Each step needs ε at the noisier end, which is not known yet: it is evaluated for the latent at the clearer end, as
-    if it were as noisy as the other ("next"). refine_steps: this many fixed-point iterations (Anderson-accelerated) then
-    solve for the latent from which the sampling step comes back, each with one more evaluation.
+    if it were as noisy as the other ("next"). refine_steps: so many accelerated fixed-point iterations then solve for
+    the latent from which the sampling step comes back, each with one more evaluation.
     """
     levels = [float(s) for s in sigmas]
     x = clean * clean_scale(sigmas)
@@ -87,7 +88,9 @@ def ddim_inversion(
     return torch.stack(latents[::-1])
 
 
-def _fixed_point(function: Callable[[torch.Tensor], torch.Tensor], guess: torch.Tensor, iterations: int) -> torch.Tensor:
+def _fixed_point(
+    function: Callable[[torch.Tensor], torch.Tensor], guess: torch.Tensor, iterations: int
+) -> torch.Tensor:
     """x with x = function(x), by as many evaluations; Anderson's acceleration over the last three of them."""
     guesses: list[torch.Tensor] = []
     values: list[torch.Tensor] = []
@@ -95,7 +98,7 @@ def _fixed_point(function: Callable[[torch.Tensor], torch.Tensor], guess: torch.
         guesses, values = [*guesses[-2:], guess], [*values[-2:], function(guess)]
         guess = values[-1]
         misses = [(value - x).double().flatten() for x, value in zip(guesses, values, strict=True)]
-        changes = torch.stack([b - a for a, b in zip(misses, misses[1:], strict=False)]) if misses[1:] else None
+        changes = torch.stack([b - a for a, b in pairwise(misses)]) if misses[1:] else None
         if changes is not None:
             system = changes @ changes.T
             system += 1e-12 * system.trace() * torch.eye(len(system)).to(system)
@@ -174,7 +177,7 @@ def noise_map_inversion(
     levels = [float(s) for s in sigmas]
     x = clean + levels[0] * noise[0]
     latents, maps = [x], []
-    for i, (sigma, following) in enumerate(zip(levels, levels[1:], strict=False)):
+    for i, (sigma, following) in enumerate(pairwise(levels)):
         last = i == len(levels) - 2
         target = clean * clean_scale(sigmas) if last else clean + following * noise[i + 1]
         denoised = denoise(x, sigma)

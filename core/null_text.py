@@ -1,9 +1,10 @@
-"""Null-text inversion (Mokady 2023): embeddings of the negative prompt with which guided sampling stays on its track."""
+"""Null-text inversion (Mokady 2023): embeddings of the negative prompt that keep guided sampling on its track."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ def null_text_inversion(
     levels = [float(s) for s in sigmas]
     steps = len(levels) - 1
     x, latents, found, losses, inner = track[0], [track[0]], [], [], []
-    for i, (sigma, following) in enumerate(zip(levels, levels[1:], strict=False)):
+    for i, (sigma, following) in enumerate(pairwise(levels)):
         with torch.no_grad():
             wanted = denoise(x, sigma)
         scale = (1 + following**2) ** -0.5

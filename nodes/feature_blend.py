@@ -255,7 +255,9 @@ def _sample(
     if mask is not None:
         mask = checked_mask(mask, rows.sources, (8 * samples.shape[-2], 8 * samples.shape[-1]))
     spec = BlendSpec(rows, part_token, omega, blend_until, layers, mask, mask_mode == "multiply", prompt_control)
-    result = sampling.sample_edit(model, source, edit, negative, noise, sampler, sigmas, latent_image, cfg, spec, trajectory)
+    result = sampling.sample_edit(
+        model, source, edit, negative, noise, sampler, sigmas, latent_image, cfg, spec, trajectory
+    )
     return io.NodeOutput(
         _latent_like(latent_image, result.edited, rows.source_of),
         _latent_like(latent_image, result.source, list(range(rows.sources))),

@@ -68,7 +68,7 @@ def outputs() -> list[Any]:
 
 def given_out(trajectory: Trajectory, latent: dict[str, Any] | None = None) -> io.NodeOutput:
     """The outputs; what the LATENT says of its rows (batch_index, noise_mask) is passed on."""
-    return io.NodeOutput(trajectory, {**(latent or {}), **start_latent(trajectory)}, trajectory.sigmas)
+    return io.NodeOutput(trajectory, {**(latent or {}), **start_latent(trajectory)}, trajectory.sigmas.clone())
 
 
 def _schedule(model: Any, latent: dict[str, Any], scheduler: str, steps: int, skip: float = 0.0) -> torch.Tensor:
@@ -80,7 +80,9 @@ def _schedule(model: Any, latent: dict[str, Any], scheduler: str, steps: int, sk
         raise ValueError(f"scheduler: {scheduler!r} is unknown; accepted are {', '.join(inverting.SCHEDULERS)}")
     layer_table(model)  # refuses models without a U-Net before anything is computed
     if not torch.isfinite(checked_latent(model, latent, "latent")).all():
-        raise ValueError("latent: it holds NaN or infinite values; encode the picture again, with --fp32-vae if need be")
+        raise ValueError(
+            "latent: it holds NaN or infinite values; encode the picture again, with --fp32-vae if need be"
+        )
     sigmas = inverting.inversion_sigmas(model, scheduler, steps)
     first = round(skip * (len(sigmas) - 1))
     if first > len(sigmas) - 2:

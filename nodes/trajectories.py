@@ -95,7 +95,7 @@ class RecordTrajectory(io.ComfyNode):
         samples, trajectory = inverting.record(
             model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise
         )
-        return io.NodeOutput({**latent_image, "samples": samples}, trajectory, trajectory.sigmas)
+        return io.NodeOutput({**latent_image, "samples": samples}, trajectory, trajectory.sigmas.clone())
 
 
 class ReplayTrajectory(io.ComfyNode):
@@ -128,7 +128,7 @@ class ReplayTrajectory(io.ComfyNode):
         return io.NodeOutput(
             replay.replay_model(model, trajectory),
             replay.replay_sampler(trajectory),
-            trajectory.sigmas,
+            trajectory.sigmas.clone(),  # uni_pc changes what it gets
             replay.start_latent(trajectory),
         )
 

@@ -2,8 +2,8 @@
 
     python dev.py python -m scalpel.partsworld.tokens figure-head car-hood
 
-From rendered scenes and their exact masks, by the recipe "fast" (`core/token_training.py`). Which scenes: seeds
-from `FIRST_SEED` on, far from those the model was trained on and from those the benches use.
+From rendered scenes, their mirror images and their exact masks, by the recipe "fast" (`core/token_training.py`). Which
+scenes: seeds from `FIRST_SEED` on, far from those the model was trained on and from those the benches use.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ def pictures(chosen: list[Scene], part: str) -> tuple[torch.Tensor, torch.Tensor
     return images, torch.from_numpy(np.stack([r.masks[0][part] for r in drawn]))
 
 
+def with_mirrored(maps: torch.Tensor) -> torch.Tensor:
+    """Pictures or masks [n, height, width, …], each followed by its mirror image: [2n, …]."""
+    return torch.stack([maps, maps.flip(2)], 1).flatten(0, 1)
+
+
 def encode(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Latents of pictures [n, 256, 256, 3], without the graph of the VAE, which is 130 MB a picture."""
     with torch.no_grad():
@@ -53,23 +58,21 @@ def encode(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 def train_token(model: Any, vae: Any, kind: str, part: str, images: int) -> Any:
     """A part token of the demo model and its loss curve."""
-    from ..core.part_token import from_tensor
     from ..core.token_training import RECIPES, optimise_token
     from ..core.unet.queries import collect_queries
 
     recipe = RECIPES["fast"]
-    pixels, masks = pictures(scenes(kind, images), part)
+    pixels, masks = map(with_mirrored, pictures(scenes(kind, images), part))
     layers = collect_queries(model, {"samples": encode(vae, pixels)}, recipe.layers, NOISE, TIMESTEPS, SEED)
     trained = optimise_token(layers, masks, recipe, SEED)
-    token, losses = from_tensor(trained.embedding, f"{kind} {part}"), trained.losses
-    token.info.update(
-        model_family="parts-world",
-        layers=recipe.layers,
-        noise_range=json.dumps(NOISE),
-        images=str(images),
-        loss=f"{losses[-1]:.5f}",
-    )
-    return token, losses
+    info = {
+        "model_family": "parts-world",
+        "layers": recipe.layers,
+        "noise_range": json.dumps(NOISE),
+        "images": f"{images}, and their mirror images",
+        "loss": f"{trained.losses[-1]:.5f}",
+    }
+    return trained.token(f"{kind} {part}", info), trained.losses
 
 
 def main(argv: Sequence[str] | None = None) -> None:

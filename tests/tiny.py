@@ -60,19 +60,25 @@ def _sdxl_unet() -> dict[str, Any]:
 
 SD15 = Kind(comfy.supported_models.SD15, _SD15, {"num_heads": 2, "num_head_channels": -1}, pooled=False)
 V_PREDICTION = Kind(
-    type("SD15", (comfy.supported_models.SD15,), {"model_type": lambda self, *_: comfy.model_base.ModelType.V_PREDICTION}),
+    type("SD15", (comfy.supported_models.SD15,), {"model_type": lambda *_: comfy.model_base.ModelType.V_PREDICTION}),
     _SD15, {"num_heads": 2, "num_head_channels": -1}, pooled=False,
 )  # fmt: skip
 SDXL = Kind(comfy.supported_models.SDXL, _sdxl_unet(), {"num_heads": -1, "num_head_channels": 16}, pooled=True)
 
 
-def model(kind: Kind, dtype: torch.dtype = torch.float32, weights: dict[str, torch.Tensor] | None = None) -> Any:
-    """A MODEL of this kind, with the given weights or random ones (always the same)."""
+def model(
+    kind: Kind, dtype: torch.dtype = torch.float32, weights: dict[str, torch.Tensor] | None = None,
+    inference: bool = False, manual_cast: torch.dtype | None = None,
+) -> Any:  # fmt: skip
+    """A MODEL of this kind, with the given weights or random ones (always the same).
+
+    inference: its weights are inference tensors, as those of a model that ComfyUI's server has loaded.
+    """
     config_class = type(kind.base.__name__, (kind.base,), {"unet_extra_config": kind.heads})
     config = config_class(dict(kind.unet))
-    config.set_inference_dtype(dtype, None)
+    config.set_inference_dtype(dtype, manual_cast)
     device = comfy.model_management.get_torch_device()
-    with torch.inference_mode(False):
+    with torch.inference_mode(inference):
         base = config.get_model({}, "", device=torch.device("cpu"))
         base.diffusion_model.load_state_dict(weights or random_weights(base.diffusion_model), strict=True)
     return comfy.model_patcher.ModelPatcher(base, device, torch.device("cpu"))

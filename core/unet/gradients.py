@@ -17,7 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def gradients() -> Iterator[None]:
-    """Inside, gradients are computed whatever the mode outside, and inference tensors may take part."""
+    """Inside, gradients are computed whatever the mode outside, inference tensors may take part, and modules'
+    parameters are constants.
+    """
     with torch.inference_mode(False), torch.enable_grad(), _OrdinaryTensors():
         yield
 
@@ -47,7 +49,7 @@ _SWAPPED = (torch.Tensor, torch.nn.Parameter)
 def _swap(value: Any) -> Any:
     """Tensors and lists of tensors; a tensor of another class (quantised weights) takes care of itself."""
     if type(value) in _SWAPPED:
-        return ordinary(value) if value.is_inference() else value
+        return ordinary(value) if value.is_inference() else value.detach() if type(value) is _SWAPPED[1] else value
     if type(value) in (list, tuple) and any(type(item) in _SWAPPED for item in value):
         return type(value)(map(_swap, value))
     return value

@@ -20,8 +20,8 @@ from ..inversion import CONVENTIONS, ddim_inversion, leading_timesteps, noise_ma
 from ..null_text import null_text_inversion
 from ..trajectory import Conditioning, ModelMark, Trajectory
 from .gradients import gradients, ordinary
-from .layers import context_width
 from .inputs import checked_latent, model_sigmas
+from .layers import context_width
 
 KEY = "scalpel.record"
 DDIM_LEADING = "ddim_leading"
@@ -100,7 +100,7 @@ class _Recorder:
         options = executor.class_obj.model_options.setdefault("transformer_options", {})
         add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, self._evaluation, options)
         add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self._sampling, options)
-        self.sigmas = sigmas.float().cpu()
+        self.sigmas = sigmas.float().cpu().clone()  # uni_pc changes its own
         return executor(noise, latent, sampler, sigmas, *args, **kwargs)
 
     def _evaluation(self, executor: Any, x: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -249,7 +249,7 @@ def invert_null_text(
                 lambda x, sigma: run.predict(x, sigma, "positive"),
                 lambda x, sigma, embedding: run.predict(x, sigma, "negative", embedding),
                 ordinary(track), sigmas, ordinary(start).float(), cfg, inner_steps, learning_rate,
-                lambda i, denoised, x, loss: run.progress(run.steps // 2 + i, denoised, x),
+                lambda i, denoised, x, _: run.progress(run.steps // 2 + i, denoised, x),
                 comfy.model_management.throw_exception_if_processing_interrupted,
             )  # fmt: skip
         return found.latents, found.uncond

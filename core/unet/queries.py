@@ -11,9 +11,9 @@ import comfy.model_management
 import torch
 
 from ..token_training import LayerQueries
+from .inputs import checked_latent
 from .layers import Address, LayerTable, layer_table
 from .rows import Conditioning
-from .inputs import checked_latent
 from .sampling import noise_levels, probe
 
 log = logging.getLogger(__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 from typing import Any
 
 import comfy.latent_formats
@@ -115,7 +116,7 @@ def replay_sampler(trajectory: Trajectory) -> Any:
         extra_args = {**extra_args, "seed": trajectory.seed}
         if trajectory.noise_maps is None:
             result = recorded.sampler_function(
-                model, start, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options
+                model, start, sigmas.clone(), extra_args=extra_args, callback=callback, disable=disable, **options
             )
         else:
             result = _add_noise_maps(trajectory, model, start, sigmas, extra_args, callback)
@@ -132,11 +133,11 @@ def _add_noise_maps(
     if not same_schedule(trajectory.sigmas, sigmas):
         raise ValueError(
             f"sigmas: they have {len(sigmas) - 1} steps from {float(sigmas[0]):.4g} to {float(sigmas[-1]):.4g}, and "
-            f"the trajectory's noise maps hold for its own {trajectory.steps} from {float(trajectory.sigmas[0]):.4g} to "
-            f"{float(trajectory.sigmas[-1]):.4g}; connect the sigmas of Replay Trajectory"
+            f"the trajectory's noise maps hold for its own {trajectory.steps} from {float(trajectory.sigmas[0]):.4g} "
+            f"to {float(trajectory.sigmas[-1]):.4g}; connect the sigmas of Replay Trajectory"
         )
     step, levels = solver(trajectory.solver, trajectory.eta), trajectory.sigmas.tolist()
-    for i, (sigma, following) in enumerate(zip(levels, levels[1:], strict=False)):
+    for i, (sigma, following) in enumerate(pairwise(levels)):
         denoised = model(x, x.new_full((len(x),), sigma), **extra_args)
         mean, _ = step(x, denoised, sigma, following)
         x = mean + _rows(trajectory.noise_maps[i], x)
