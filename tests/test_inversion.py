@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import comfy.sample
+import comfy.supported_models
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import SamplerCustom
@@ -115,6 +116,18 @@ def test_ddim_inversion_is_diffusers_inverse_scheduler(model, name, offset):
 
     ours, theirs = inside(model, body)
     assert tiny.relative(to_z(ours, sigmas), theirs) < 1e-4
+
+
+def test_ddim_inversion_is_the_cpam_authors():
+    """golden/cpam_a: their SD1.5 pipeline's inverted latents at every level."""
+    case, golden = tiny.golden_case("cpam_a")
+    patcher = tiny.golden_model("cpam_a", comfy.supported_models.SD15)
+    image = {"samples": golden["clean_latent"] / 0.18215}
+    trajectory, _, sigmas = DDIMInversion.execute(
+        patcher, [[golden["context_null"], {}]], image, case["steps"], "ddim_leading", 0
+    ).args
+    torch.testing.assert_close(sigmas, golden["sigmas"], rtol=2e-5, atol=0)
+    assert tiny.relative(trajectory.latents[:-1, 0], golden["ref_ve"]) < 1e-5
 
 
 def test_sd2_s_convention_evaluates_at_the_level_that_a_step_comes_from(model):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 
 import comfy.samplers
 import pytest
@@ -195,3 +197,18 @@ def test_latents_that_do_not_fit_are_refused(model):
     with pytest.raises(ValueError, match="another model family"):
         tiny.edit(tiny.model(tiny.SDXL), tiny.SDXL, trajectory=trajectory)
     assert torch.equal(tiny.plain(model, KIND), before)
+
+
+@pytest.mark.parametrize("node", [RecordTrajectory, *NODES])
+def test_a_trajectory_is_freed_with_the_outputs_that_hold_it(model, node):
+    """Nothing else keeps it: neither the model nor its clones, nor what sampling leaves behind."""
+    if node is RecordTrajectory:
+        trajectory, latent, sigmas = recorded(model), tiny.latent(), tiny.sigmas(model, 4)
+    else:
+        trajectory, latent, sigmas = invert(model, node)
+    assert trajectory.get_ram_usage() > trajectory.latents.nbytes
+    tiny.edit(model, KIND, sigmas=sigmas, latent_image=latent, trajectory=trajectory)
+    kept = weakref.ref(trajectory)
+    del trajectory, latent, sigmas
+    gc.collect()
+    assert kept() is None

@@ -53,9 +53,11 @@ def golden_case(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return json.loads((GOLDEN / name / "case.json").read_text()), {k: v.float() for k, v in tensors.items()}
 
 
-def _sdxl_unet() -> dict[str, Any]:
-    config = golden_case("partedit_a")[0]["unet_config"]
-    return {k: v for k, v in config.items() if k not in ("num_heads", "num_head_channels")}
+def golden_kind(name: str, base: type) -> Kind:
+    """The model that a golden case was computed with, of a ComfyUI class."""
+    config = dict(golden_case(name)[0]["unet_config"])
+    heads = {key: config.pop(key) for key in ("num_heads", "num_head_channels")}
+    return Kind(base, config, heads, pooled=config["adm_in_channels"] is not None)
 
 
 SD15 = Kind(comfy.supported_models.SD15, _SD15, {"num_heads": 2, "num_head_channels": -1}, pooled=False)
@@ -63,7 +65,7 @@ V_PREDICTION = Kind(
     type("SD15", (comfy.supported_models.SD15,), {"model_type": lambda *_: comfy.model_base.ModelType.V_PREDICTION}),
     _SD15, {"num_heads": 2, "num_head_channels": -1}, pooled=False,
 )  # fmt: skip
-SDXL = Kind(comfy.supported_models.SDXL, _sdxl_unet(), {"num_heads": -1, "num_head_channels": 16}, pooled=True)
+SDXL = golden_kind("partedit_a", comfy.supported_models.SDXL)
 
 
 def model(
@@ -99,10 +101,10 @@ def random_weights(module: torch.nn.Module, seed: int = 0) -> dict[str, torch.Te
     return weights
 
 
-def golden_model(name: str) -> Any:
-    """The SDXL-shaped MODEL whose weights a golden case was computed with."""
+def golden_model(name: str, base: type = comfy.supported_models.SDXL) -> Any:
+    """The MODEL whose weights a golden case was computed with."""
     weights = {k: v.float() for k, v in load_file(GOLDEN / name / "unet.safetensors").items()}
-    return model(SDXL, weights=weights)
+    return model(golden_kind(name, base), weights=weights)
 
 
 def randn(*shape: int, seed: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,6 +23,8 @@ from ..trajectory import Conditioning, ModelMark, Trajectory
 from .gradients import gradients, ordinary
 from .inputs import checked_latent, model_sigmas
 from .layers import context_width
+
+log = logging.getLogger(__name__)
 
 KEY = "scalpel.record"
 DDIM_LEADING = "ddim_leading"
@@ -244,6 +247,7 @@ def invert_null_text(
         )  # fmt: skip
         context = run.guider.conds["negative"][0]["model_conds"]["c_crossattn"].cond
         start = context.expand(len(run.clean), -1, -1) if len(context) == 1 else context
+        log.info("Scalpel: optimising the negative prompt of %d steps, %d updates at most each", run.steps // 2, inner_steps)
         with gradients():
             found = null_text_inversion(
                 lambda x, sigma: run.predict(x, sigma, "positive"),
