@@ -3,6 +3,7 @@
 Run it after changing the demo model, its tokens, a sampler or a workflow::
 
     python dev.py python -m scalpel.devtools.make_pictures
+    python dev.py python -m scalpel.devtools.make_pictures edit_a_photo four_edits  # these only
 
 It writes a picture of every template's results into ``docs/`` and a thumbnail beside the template. The screenshot of
 the page is made by ``docs/screenshot.mjs``.
@@ -14,6 +15,8 @@ import asyncio
 import json
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -25,44 +28,58 @@ DOCS = CHECKOUT / "docs"
 THUMBNAIL, INSET, BORDER, BAND = 512, 176, 6, 44
 
 
-def main() -> int:
-    """Make all pictures."""
+@dataclass(frozen=True)
+class Shown:
+    """What is shown of a template: `titles` of the SaveImage nodes for ``docs/``, up to `each` pictures of each; on the
+    thumbnail `card`, and small in its corner `inset`. for_sdxl: the SDXL version that gets the same thumbnail.
+    """
+
+    template: str
+    titles: tuple[str, ...]
+    card: str
+    inset: str
+    each: int = 1
+    for_sdxl: str = ""
+
+
+EDIT = ("source", "mask", "edited")
+SHOWN = {
+    "edit_one_part": Shown("Edit one part", EDIT, "edited", "source", for_sdxl="Edit one part (SDXL)"),
+    "find_a_part": Shown(
+        "Find a part (heat map)", ("picture", "heat map", "mask", "found"), "found", "heat map",
+        for_sdxl="Find a part (SDXL)",
+    ),
+    "train_a_token": Shown("Train a part token", ("heat maps", "loss curve"), "heat maps", "heat maps 2", each=3),
+    "edit_with_your_token": Shown("Edit with your token", EDIT, "edited", "source"),
+    "two_parts": Shown("Two parts at once", (*EDIT, "heat maps"), "edited", "source", each=2),
+    "word_or_token": Shown(
+        "Word or token (heat maps)", ("picture", "the word", "the token"), "the token", "the word"
+    ),
+    "edit_a_photo": Shown("Edit a photo's part", EDIT, "edited", "source"),
+    "compare_inversions": Shown(
+        "Compare four inversions", ("photo", "DDIM", "null-text", "edit-friendly", "LEDITS++"), "null-text", "photo"
+    ),
+    "four_edits": Shown("One photo, four edits at once", ("source", "edited"), "edited 2", "source", each=4),
+}  # fmt: skip
+
+
+def main(workflows: Sequence[str]) -> int:
+    """Make the pictures of these workflows (names as in ``example_workflows/api``), or of all."""
     DOCS.mkdir(exist_ok=True)
     with ComfyServer(os.environ["SCALPEL_COMFYUI"]) as server:
-        edit = run(server, "edit_one_part", ["source", "mask", "edited"])
-        find = run(server, "find_a_part", ["picture", "heat map", "mask", "found"])
-        train = run(server, "train_a_token", ["heat maps", "loss curve"], each=3)
-        own = run(server, "edit_with_your_token", ["source", "mask", "edited"])
-        two = run(server, "two_parts", ["source", "mask", "edited", "heat maps"], each=2)
-        word = run(server, "word_or_token", ["picture", "the word", "the token"])
-    for name, pictures in (
-        ("edit_one_part", edit),
-        ("find_a_part", find),
-        ("train_a_token", train),
-        ("edit_with_your_token", own),
-        ("two_parts", two),
-        ("word_or_token", word),
-    ):
-        demo.side_by_side(pictures).save(DOCS / f"{name}.png", optimize=True)
-    for name, main_picture, inset in (
-        ("Train a part token", train["heat maps"], train["heat maps 2"]),
-        ("Edit with your token", own["edited"], own["source"]),
-        ("Two parts at once", two["edited"], two["source"]),
-        ("Word or token (heat maps)", word["the token"], word["the word"]),
-    ):
-        thumbnail(main_picture, inset).save(FOLDER / f"{name}.jpg", quality=88)
-    for name, main_picture, inset in (
-        ("Edit one part", edit["edited"], edit["source"]),
-        ("Find a part (heat map)", find["found"], find["heat map"]),
-    ):
-        card = thumbnail(main_picture, inset)
-        card.save(FOLDER / f"{name}.jpg", quality=88)
-        sdxl = name.removesuffix(" (heat map)") + " (SDXL)"
-        with_band(card, "for SDXL (picture: demo model)").save(FOLDER / f"{sdxl}.jpg", quality=88)
+        for name in workflows or SHOWN:
+            shown = SHOWN[name]
+            pictures = run(server, name, shown.titles, shown.each)
+            demo.side_by_side(pictures).save(DOCS / f"{name}.png", optimize=True)
+            card = thumbnail(pictures[shown.card], pictures[shown.inset])
+            card.save(FOLDER / f"{shown.template}.jpg", quality=88)
+            if shown.for_sdxl:
+                banded = with_band(card, "for SDXL (picture: demo model)")
+                banded.save(FOLDER / f"{shown.for_sdxl}.jpg", quality=88)
     return 0
 
 
-def run(server: ComfyServer, workflow: str, titles: list[str], each: int = 1) -> dict[str, Image.Image]:
+def run(server: ComfyServer, workflow: str, titles: Sequence[str], each: int = 1) -> dict[str, Image.Image]:
     """The first picture of the SaveImage nodes with these titles, and up to `each` of those that have several."""
     print(workflow, flush=True)
     prompt = json.loads((FOLDER / "api" / f"{workflow}.json").read_text(encoding="utf-8"))
@@ -70,7 +87,7 @@ def run(server: ComfyServer, workflow: str, titles: list[str], each: int = 1) ->
     outputs = server.wait(prompt_id, timeout=30)["outputs"]
     found = {}
     for title in titles:
-        images = outputs[demo.node_titled(prompt, title)]["images"]
+        images = outputs[demo.node_titled(prompt, title.lower())]["images"]
         for number, image in enumerate(images[:each], 1):
             found[title if number == 1 else f"{title} {number}"] = demo.picture(server, {"images": [image]})
     return found
@@ -97,4 +114,4 @@ def with_band(card: Image.Image, words: str) -> Image.Image:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import token_workflows
+from . import photo_workflows, token_workflows
 from .server import CHECKOUT, ComfyServer
 from .workflow_files import Json, Node, Workflow
 
@@ -136,6 +136,9 @@ def files(info: Json) -> dict[Path, Json]:
         ("Edit with your token", "edit_with_your_token", token_workflows.edit_with_your_token(info)),
         ("Two parts at once", "two_parts", token_workflows.two_parts(info)),
         ("Word or token (heat maps)", "word_or_token", token_workflows.word_or_token(info)),
+        ("Edit a photo's part", "edit_a_photo", photo_workflows.edit_a_photo(info)),
+        ("Compare four inversions", "compare_inversions", photo_workflows.compare_inversions(info)),
+        ("One photo, four edits at once", "four_edits", photo_workflows.four_edits(info)),
         ("Edit one part (SDXL)", "edit_one_part_sdxl", edit_one_part(SDXL, info)),
         ("Find a part (SDXL)", "find_a_part_sdxl", find_a_part(SDXL, info)),
     ):

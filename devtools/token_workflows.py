@@ -193,10 +193,10 @@ def _edit_and_look(
     return blend
 
 
-def look_at_edit(flow: Workflow, model: Node, blend: Node) -> None:
+def look_at_edit(flow: Workflow, model: Node, blend: Node, title: str = "4. Look") -> None:
     """Source, mask and edit of a Feature Blend Sampler, decoded and saved side by side."""
     side, left = 280, [790, 1090, 1390]
-    flow.group("4. Look", at=(770, 0), size=(3 * side + 80, 600))
+    flow.group(title, at=(770, 0), size=(3 * side + 80, 600))
     before = flow.node("VAEDecode", at=(left[0], 75), size=(side, 50), samples=blend[1], vae=model[2])
     found = flow.node("MaskToImage", at=(left[1], 75), size=(side, 30), mask=blend[2])
     after = flow.node("VAEDecode", at=(left[2], 75), size=(side, 50), samples=blend[0], vae=model[2])

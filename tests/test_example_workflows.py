@@ -24,6 +24,9 @@ API_FILE = {
     "Edit with your token": "edit_with_your_token",
     "Two parts at once": "two_parts",
     "Word or token (heat maps)": "word_or_token",
+    "Edit a photo's part": "edit_a_photo",
+    "Compare four inversions": "compare_inversions",
+    "One photo, four edits at once": "four_edits",
     "Edit one part (SDXL)": "edit_one_part_sdxl",
     "Find a part (SDXL)": "find_a_part_sdxl",
 }
@@ -49,12 +52,17 @@ def with_fewer_steps(prompt):
 
 def pictures(server, prompt, history):
     """The first picture of every SaveImage node, by the node's title, as [height, width, 3] from 0 to 1."""
+    return {title: several[0] for title, several in all_pictures(server, prompt, history).items()}
+
+
+def all_pictures(server, prompt, history):
+    """All pictures of every SaveImage node, by the node's title, as [height, width, 3] from 0 to 1."""
     found = {}
     for node, output in history["outputs"].items():
         if not output.get("images"):
             continue
-        picture = Image.open(io.BytesIO(server.fetch(output["images"][0]))).convert("RGB")
-        found[prompt[node]["_meta"]["title"]] = np.asarray(picture) / 255.0
+        files = [Image.open(io.BytesIO(server.fetch(image))).convert("RGB") for image in output["images"]]
+        found[prompt[node]["_meta"]["title"]] = [np.asarray(file) / 255.0 for file in files]
     return found
 
 
@@ -151,17 +159,70 @@ def test_the_template_browser_lists_and_gets_them(server):
 
 
 @pytest.mark.parametrize(
-    ("name", "more"), [("edit_one_part", set()), ("edit_with_your_token", set()), ("two_parts", {"heat maps"})]
+    ("name", "more"),
+    [("edit_one_part", set()), ("edit_with_your_token", set()), ("two_parts", {"heat maps"}), ("edit_a_photo", set())],
 )
 def test_an_edit_runs_untouched_and_changes_where_the_mask_is(server, name, more):
     prompt = api_workflow(name)
     found = pictures(server, prompt, server.run(prompt))
     assert set(found) == {"source", "edited", "mask"} | more
     assert {picture.shape for picture in found.values()} == {(256, 256, 3)}
-    change = np.abs(found["edited"] - found["source"]).mean(2)
-    inside, outside = found["mask"].mean(2) >= 0.5, found["mask"].mean(2) < 0.1
+    changed_inside(found["edited"], found["source"], found["mask"])
+
+
+def changed_inside(edited, source, mask):
+    """The change is concentrated where the mask is."""
+    change = np.abs(edited - source).mean(2)
+    inside, outside = mask.mean(2) >= 0.5, mask.mean(2) < 0.1
     assert 0.01 < inside.mean() < 0.5
     assert change[inside].mean() > 5 * change[outside].mean()
+
+
+def test_the_edited_photo_is_the_file(server):
+    prompt = api_workflow("edit_a_photo")
+    found = pictures(server, prompt, server.run(with_fewer_steps(prompt)))
+    assert decibels(found["source"], photo()) > 25  # the VAE's loss
+
+
+def test_four_edits_of_a_photo_run_untouched_and_change_where_the_mask_is(server):
+    prompt = api_workflow("four_edits")
+    found = all_pictures(server, prompt, server.run(prompt))
+    assert {title: len(several) for title, several in found.items()} == {"source": 1, "edited": 4, "mask": 1}
+    (source,), (mask,) = found["source"], found["mask"]
+    for edited in found["edited"]:
+        changed_inside(edited, source, mask)
+    colours = [np.median(edited[mask.mean(2) >= 0.9], axis=0) for edited in found["edited"]]
+    for colour, (red, green, blue) in zip(("blue", "white", "purple", "black"), colours, strict=True):
+        seen = {
+            "blue": blue > red + 0.3,
+            "white": min(red, green, blue) > 0.7,
+            "purple": min(red, blue) > green + 0.1,
+        }
+        assert seen.get(colour, max(red, green, blue) < 0.3), (colour, red, green, blue)
+
+
+def test_compare_inversions_runs_untouched_and_comes_back_to_the_photo(server):
+    prompt = api_workflow("compare_inversions")
+    found = pictures(server, prompt, server.run(prompt))
+    assert set(found) == {"photo", *INVERSIONS}
+    assert decibels(found["photo"], photo()) > 25  # the VAE's loss
+    for method, bound in INVERSIONS.items():
+        assert decibels(found[method], found["photo"]) > bound, method
+
+
+INVERSIONS = {"DDIM": 26, "null-text": 23, "edit-friendly": 45, "LEDITS++": 45}
+"""By how many decibels at least what each inversion of ten steps comes back to is the photo."""
+
+
+def photo():
+    """The picture that comes with the pack, as [height, width, 3] from 0 to 1."""
+    path = CHECKOUT / "partsworld" / "pictures" / "partsworld_photo" / "figure_01.png"
+    return np.asarray(Image.open(path).convert("RGB")) / 255.0
+
+
+def decibels(a, b):
+    """PSNR, without infinity."""
+    return -10 * np.log10(max(((a - b) ** 2).mean(), 1e-10))
 
 
 def test_find_a_part_runs_untouched(server):
