@@ -30,7 +30,7 @@ class Inversion(NamedTuple):
 PHOTO_INVERSION = Inversion("EditFriendlyInversion", "Edit-Friendly DDPM Inversion", {"cfg": 1.0, "skip": 0.1})
 """The one that the templates which edit a photo use."""
 WHY_THESE_SETTINGS = """*skip* 0.1: a colour is settled in the noisiest steps, so few may be left out. *cfg* 1: with \
-an empty prompt guidance would change nothing."""
+an empty prompt guidance would change nothing. Too little changes: a smaller *skip*. Too much: a larger one."""
 """What their notes say about its settings."""
 COMPARED = (
     Inversion("DDIMInversion", "DDIM", {}),
@@ -53,7 +53,7 @@ empty: no caption is needed here.
 does for the source. Nothing has to be said of what stays: hair and legs are not mentioned.
 4. The sampler takes the *trajectory* as its source. *steps* and *scheduler* are those of the inversion.
 
-{WHY_THESE_SETTINGS} Too little changes: a smaller *skip*. Too much: a larger one.
+{WHY_THESE_SETTINGS}
 
 **Save Trajectory** keeps a trajectory for another day.
 """
