@@ -17,8 +17,9 @@ DECAY = 0.5
 
 @dataclass(frozen=True)
 class NullText:
-    """latents: [steps + 1, …] of the guided sampling, the clean one last; uncond: [steps, rows, tokens, width]; losses:
-    of each step, before its last update; inner: how many evaluations with gradient each step took.
+    """latents: [steps + 1, rows, …] of the guided sampling, the clean one last; uncond: [steps, rows, tokens, width];
+    losses: of each step, before its last update, mean over the rows; inner: how many evaluations with gradient each
+    step took.
     """
 
     latents: torch.Tensor
@@ -42,9 +43,9 @@ def null_text_inversion(
     """Embeddings for each step of an Euler (DDIM) run under guidance that follows `track`.
 
     denoise(x, sigma): x₀ by the positive prompt; denoise_unconditionally(x, sigma, embedding): by the embedding [rows,
-    tokens, width], differentiable. track: [steps + 1, …] at `sigmas`, the clean one last. uncond: where the first
-    step's optimisation starts; each further step starts where the one before ended. The loss is the mean square error
-    of the next latent, as z = x / √(1 + σ²). Callbacks may raise to cancel. Needs ordinary tensors outside
+    tokens, width], differentiable. track: [steps + 1, rows, …] at `sigmas`, the clean one last. uncond: [rows, tokens,
+    width], where the first step's optimisation starts; each further step starts where the one before ended. A row's
+    loss is the mean square error of its next latent, as z = x / √(1 + σ²); it stops by itself. Callbacks may raise to cancel. Needs ordinary tensors outside
     `torch.inference_mode`.
     """
     levels = [float(s) for s in sigmas]
@@ -61,26 +62,28 @@ def null_text_inversion(
 
         embedding = uncond.detach().clone().requires_grad_()
         optimiser = torch.optim.Adam([embedding], learning_rate * (1 - DECAY * i / steps))
-        loss, evaluations = float("nan"), 0
-        for _ in range(inner_steps):
+        evaluations, done = 0, torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        while evaluations < inner_steps and not done.all():
             if on_evaluation is not None:
                 on_evaluation()
             nothing = denoise_unconditionally(x, sigma, embedding)
-            error = F.mse_loss(next_latent(nothing) * scale, track[i + 1] * scale)
+            missed = F.mse_loss(next_latent(nothing) * scale, track[i + 1] * scale, reduction="none")
+            errors = missed.flatten(1).mean(1)  # of each picture, which are optimised side by side
             optimiser.zero_grad()
-            error.backward()
+            errors.sum().backward()
+            before = embedding.detach().clone()
             optimiser.step()
+            with torch.no_grad():
+                embedding[done] = before[done]
             evaluations += 1
-            loss = error.item()
-            if loss < FIRST_BOUND + GROWTH * i / steps:
-                break
+            done |= errors.detach() < FIRST_BOUND + GROWTH * i / steps
         uncond = embedding.detach()
         with torch.no_grad():
             x = next_latent(denoise_unconditionally(x, sigma, uncond))
         latents.append(x)
         found.append(uncond)
-        losses.append(loss)
+        losses.append(errors.mean().item())
         inner.append(evaluations)
         if on_step is not None:
-            on_step(i, wanted, x, loss)
+            on_step(i, wanted, x, losses[-1])
     return NullText(torch.stack(latents), torch.stack(found), losses, inner)

@@ -43,7 +43,8 @@ class Trajectory:
     sigmas: [steps + 1], the schedule, falling. levels: [evaluations + 1], the sigma of each recorded latent, in the
     order in which a sampler evaluates them, `sigmas[-1]` last; a second-order sampler has more than `steps`. latents:
     [evaluations + 1, images, C, h, w]; the last is the clean picture. sampler, seed: which of ComfyUI's samplers
-    evaluates them so, and with which seed of its noise.
+    evaluates them so, and with which seed of its noise. scheduler, skipped: what the schedule is called, and how many
+    of its first steps were left out.
 
     positive, negative, cfg: the conditioning that it holds for. uncond: [steps, images, tokens, width], the negative
     prompt's embedding of each step, if it was optimised (null-text). noise_maps: [steps, images, C, h, w], what is
@@ -60,6 +61,7 @@ class Trajectory:
     cfg: float = 1.0
     sampler: str = "euler"
     scheduler: str = ""
+    skipped: int = 0
     seed: int = 0
     uncond: torch.Tensor | None = None
     noise_maps: torch.Tensor | None = None
@@ -191,7 +193,7 @@ class Playback:
 
 _TENSORS = ("sigmas", "levels", "latents", "uncond", "noise_maps")
 _TEXTS = ("kind", "sampler", "scheduler", "solver")
-_NUMBERS = ("cfg", "seed", "eta")
+_NUMBERS = ("cfg", "skipped", "seed", "eta")
 
 
 def save(trajectory: Trajectory, path: Path) -> None:
@@ -278,6 +280,7 @@ def _from_file(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str])
         **{name: tensors.get(name) for name in _TENSORS},  # type: ignore[arg-type]
         **{name: str(description[name]) for name in _TEXTS},  # type: ignore[arg-type]
         cfg=float(description["cfg"]),
+        skipped=int(description["skipped"]),
         seed=int(description["seed"]),
         eta=float(description["eta"]),
     )

@@ -271,7 +271,8 @@ def _recorded_part(sigmas: torch.Tensor, trajectory: Trajectory, scheduler: str)
     recorded = sigmas[-len(trajectory.sigmas) :]
     if same_schedule(recorded, trajectory.sigmas):
         return recorded
-    made = f"{trajectory.steps} steps of {trajectory.scheduler}" if trajectory.scheduler else "another schedule"
+    skipped = f", of which the first {trajectory.skipped} are left out" if trajectory.skipped else ""
+    made = f"{trajectory.steps + trajectory.skipped} steps of {trajectory.scheduler}{skipped},"
     raise ValueError(
         f"steps, scheduler, denoise: they give {len(sigmas) - 1} steps of {scheduler} from sigma "
         f"{float(sigmas[0]):.4g} to {float(sigmas[-1]):.4g}, but the trajectory was made with {made} from "

@@ -71,8 +71,10 @@ def given_out(trajectory: Trajectory, latent: dict[str, Any] | None = None) -> i
     return io.NodeOutput(trajectory, {**(latent or {}), **start_latent(trajectory)}, trajectory.sigmas.clone())
 
 
-def _schedule(model: Any, latent: dict[str, Any], scheduler: str, steps: int, skip: float = 0.0) -> torch.Tensor:
-    """The checked schedule, without the steps that are skipped."""
+def _schedule(
+    model: Any, latent: dict[str, Any], scheduler: str, steps: int, skip: float = 0.0
+) -> tuple[torch.Tensor, int]:
+    """The checked schedule without the steps that are skipped, and how many these are."""
     check_range("steps", steps, 1, 1000)
     if not 0.0 <= skip < 1.0:
         raise ValueError(f"skip: {skip} is out of range; accepted are numbers from 0 to below 1")
@@ -87,7 +89,7 @@ def _schedule(model: Any, latent: dict[str, Any], scheduler: str, steps: int, sk
     first = round(skip * (len(sigmas) - 1))
     if first > len(sigmas) - 2:
         raise ValueError(f"skip: {skip} leaves none of {len(sigmas) - 1} steps; give a smaller one, or more steps")
-    return sigmas[first:]
+    return sigmas[first:], first
 
 
 class DDIMInversion(io.ComfyNode):
@@ -118,7 +120,7 @@ class DDIMInversion(io.ComfyNode):
     ) -> io.NodeOutput:
         check_range("refine_steps", refine_steps, 0, 100)
         check_conditioning("positive", positive, model)
-        sigmas = _schedule(model, latent, scheduler, steps)
+        sigmas, _ = _schedule(model, latent, scheduler, steps)
         return given_out(inverting.invert_ddim(model, positive, latent, sigmas, scheduler, refine_steps), latent)
 
 
@@ -159,7 +161,7 @@ class NullTextInversion(io.ComfyNode):
         for name, conditioning in (("positive", positive), ("negative", negative)):
             check_conditioning(name, conditioning, model)
             _check_single(name, conditioning)
-        sigmas = _schedule(model, latent, scheduler, steps)
+        sigmas, _ = _schedule(model, latent, scheduler, steps)
         trajectory = inverting.invert_null_text(
             model, positive, negative, latent, sigmas, scheduler, cfg, inner_steps, learning_rate
         )
@@ -206,9 +208,9 @@ class EditFriendlyInversion(io.ComfyNode):
         check_range("eta", eta, 0.0, 1.0)
         for name, conditioning in (("positive", positive), ("negative", negative)):
             check_conditioning(name, conditioning, model)
-        sigmas = _schedule(model, latent, scheduler, steps, skip)
+        sigmas, skipped = _schedule(model, latent, scheduler, steps, skip)
         trajectory = inverting.invert_noise_maps(
-            model, positive, negative, cfg, latent, sigmas, scheduler, "edit-friendly", "ddpm", eta, seed
+            model, positive, negative, cfg, latent, sigmas, scheduler, skipped, "edit-friendly", "ddpm", eta, seed
         )
         return given_out(trajectory, latent)
 
@@ -232,8 +234,8 @@ class LEDITSInversion(io.ComfyNode):
         cls, model: Any, positive: Any, latent: dict[str, Any], steps: int, scheduler: str, skip: float, seed: int
     ) -> io.NodeOutput:
         check_conditioning("positive", positive, model)
-        sigmas = _schedule(model, latent, scheduler, steps, skip)
+        sigmas, skipped = _schedule(model, latent, scheduler, steps, skip)
         trajectory = inverting.invert_noise_maps(
-            model, positive, None, 1.0, latent, sigmas, scheduler, "ledits++", "sde-dpm++", 1.0, seed
+            model, positive, None, 1.0, latent, sigmas, scheduler, skipped, "ledits++", "sde-dpm++", 1.0, seed
         )
         return given_out(trajectory, latent)

@@ -191,7 +191,9 @@ def test_a_trajectory_of_another_family_is_refused_in_a_sentence(server, photo):
 def test_a_changed_file_is_read_again(server, photo):
     path = server.base / server.run(keep(inverted(server, photo), "changed"))["outputs"]["keep"]["text"][0]
     first = latents(server, replayed(loaded(path.name), "file"))["again"]
-    other = server.base / server.run(keep(inverted(server, photo, "LEDITSInversion"), "two"))["outputs"]["keep"]["text"][0]
+    other = (
+        server.base / server.run(keep(inverted(server, photo, "LEDITSInversion"), "two"))["outputs"]["keep"]["text"][0]
+    )
     other.replace(path)
     second = server.run(replayed(loaded(path.name), "file"))["outputs"]["again"]["latents"]
     assert second
@@ -221,7 +223,11 @@ def test_what_does_not_fit_gets_a_sentence_each_and_the_run_after_them_works(ser
     nothing = {"nothing": {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 256, "height": 256}}}
     bad = [
         ({}, {"latent_image": ["small", 0]}, "latent_image: it is a picture of 128 × 256, and the trajectory's is 256"),
-        ({}, {"steps": STEPS + 1}, "steps, scheduler, denoise: they give 5 steps of ddim_uniform .* 4 steps of ddim_uni"),
+        (
+            {},
+            {"steps": STEPS + 1},
+            "steps, scheduler, denoise: they give 5 steps of ddim_uniform .* 4 steps of ddim_uni",
+        ),
         ({}, {"mask": ["nothing", 0]}, r"mask: it is empty \(all 0\)"),
         ({"skip": 0.95}, {}, "skip: 0.95 leaves none of 4 steps"),
     ]

@@ -12,7 +12,7 @@ import torch
 
 from scalpel.nodes.feature_blend import EditBatch, FeatureBlendSampler
 from scalpel.nodes.inversion import DDIMInversion, EditFriendlyInversion, LEDITSInversion, NullTextInversion
-from scalpel.nodes.trajectories import RecordTrajectory
+from scalpel.nodes.trajectories import RecordTrajectory, ReplayTrajectory
 from scalpel.tests import tiny
 from scalpel.tests.test_inversion import invert, picture
 
@@ -176,6 +176,25 @@ def test_the_simple_sampler_takes_what_an_inversion_did_not_skip(model, node):
     expected = tiny.edit(model, KIND, sigmas=sigmas, latent_image=latent, trajectory=trajectory)
     assert torch.equal(edited["samples"], expected.edited)
     assert len(step_masks) == len(sigmas) - 1
+
+
+def test_a_schedule_that_an_inversion_skipped_a_part_of_is_told_as_it_was_set(model):
+    trajectory, latent, _ = invert(model, EditFriendlyInversion, steps=8, skip=0.25)
+    with pytest.raises(ValueError, match=r"made with 8 steps of ddim_uniform, of which the first 2 are left out, from"):
+        simple(model, trajectory, latent, steps=6)
+    assert len(simple(model, trajectory, latent, steps=8)[3]) == 6
+
+
+@pytest.mark.parametrize("node", [EditFriendlyInversion, LEDITSInversion])
+def test_the_sampler_with_the_noise_maps_keeps_what_is_not_edited_as_well(model, node):
+    trajectory, latent, sigmas = invert(model, node)
+    sampler = ReplayTrajectory.execute(model, trajectory).args[1]
+    same = tiny.prompt(KIND, 1)
+    settings = {"sampler": sampler, "sigmas": sigmas, "latent_image": latent, "trajectory": trajectory}
+    output = tiny.edit(model, KIND, source=same, edit=same, **settings)
+    assert torch.equal(output.edited, output.source)
+    output = tiny.edit(model, KIND, **settings)
+    assert 1e-3 < tiny.relative(output.edited, output.source)
 
 
 @pytest.mark.parametrize("change", [{"steps": 5}, {"scheduler": "karras"}, {"denoise": 0.5}])

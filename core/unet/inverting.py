@@ -86,7 +86,7 @@ def record(
         raise ValueError("denoise: there is no step to record; accepted are values above 0, with steps of 1 or more")
     return result, Trajectory(
         "recorded", model_mark(model), seen.sigmas, torch.tensor(seen.levels), torch.stack(seen.latents), positive,
-        negative, cfg, sampler_name, scheduler, seed,
+        negative, cfg, sampler_name, scheduler, seed=seed,
     )  # fmt: skip
 
 
@@ -213,9 +213,12 @@ def invert_ddim(
 
 def invert_noise_maps(
     model: Any, positive: Conditioning, negative: Conditioning | None, cfg: float, latent: dict[str, Any],
-    sigmas: torch.Tensor, scheduler: str, kind: str, step: str, eta: float, seed: int,
+    sigmas: torch.Tensor, scheduler: str, skipped: int, kind: str, step: str, eta: float, seed: int,
 ) -> Trajectory:  # fmt: skip
-    """Noise maps of a solver's steps under these prompts and guidance (see `core/inversion.py`)."""
+    """Noise maps of a solver's steps under these prompts and guidance (see `core/inversion.py`).
+
+    skipped: how many of the schedule's first steps `sigmas` is without.
+    """
     samples, indices = checked_latent(model, latent, "latent"), latent.get("batch_index")
     steps = len(sigmas) - 1
     noise = comfy.sample.prepare_noise(samples.repeat(1, steps, 1, 1), seed, indices)
@@ -229,7 +232,7 @@ def invert_noise_maps(
     latents, maps = _run(model, positive, negative or [], cfg, latent, sigmas, body)
     return Trajectory(
         kind, model_mark(model), sigmas, sigmas, _kept(latents), positive, negative, cfg, scheduler=scheduler,
-        seed=seed, noise_maps=_kept(maps), solver=step, eta=eta,
+        skipped=skipped, seed=seed, noise_maps=_kept(maps), solver=step, eta=eta,
     )  # fmt: skip
 
 
@@ -247,7 +250,9 @@ def invert_null_text(
         )  # fmt: skip
         context = run.guider.conds["negative"][0]["model_conds"]["c_crossattn"].cond
         start = context.expand(len(run.clean), -1, -1) if len(context) == 1 else context
-        log.info("Scalpel: optimising the negative prompt of %d steps, %d updates at most each", run.steps // 2, inner_steps)
+        log.info(
+            "Scalpel: optimising the negative prompt of %d steps, %d updates at most each", run.steps // 2, inner_steps
+        )
         with gradients():
             found = null_text_inversion(
                 lambda x, sigma: run.predict(x, sigma, "positive"),

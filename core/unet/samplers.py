@@ -16,7 +16,7 @@ _DETERMINISTIC = {
     "sample_euler", "sample_euler_cfg_pp", "sample_heun", "sample_heunpp2", "sample_dpm_2", "sample_lms",
     "dpm_fast_function", "dpm_adaptive_function", "sample_dpmpp_2m", "sample_dpmpp_2m_cfg_pp", "sample_ipndm",
     "sample_ipndm_v", "sample_deis", "sample_gradient_estimation", "sample_gradient_estimation_cfg_pp",
-    "sample_unipc", "sample_unipc_bh2",
+    "sample_unipc", "sample_unipc_bh2", "replay",
 }  # fmt: skip
 
 
