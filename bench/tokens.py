@@ -70,7 +70,7 @@ class Bench:
         parts = [name.split("-")[1] for name in tokens.SHIPPED if name.split("-")[0] == kind]
         drawn = {part: tokens.pictures(scenes, part) for part in parts}
         if not test:
-            drawn = {part: tuple(map(tokens.with_mirrored, both)) for part, both in drawn.items()}
+            drawn = {part: (tokens.with_mirrored(p), tokens.with_mirrored(m)) for part, (p, m) in drawn.items()}
         if (kind, test) not in self._latents:
             self._latents[kind, test] = tokens.encode(self.vae, drawn[parts[0]][0])
         latent = {"samples": self._latents[kind, test]}

@@ -45,8 +45,8 @@ def null_text_inversion(
     denoise(x, sigma): x₀ by the positive prompt; denoise_unconditionally(x, sigma, embedding): by the embedding [rows,
     tokens, width], differentiable. track: [steps + 1, rows, …] at `sigmas`, the clean one last. uncond: [rows, tokens,
     width], where the first step's optimisation starts; each further step starts where the one before ended. A row's
-    loss is the mean square error of its next latent, as z = x / √(1 + σ²); it stops by itself. Callbacks may raise to cancel. Needs ordinary tensors outside
-    `torch.inference_mode`.
+    loss is the mean square error of its next latent, as z = x / √(1 + σ²); it stops by itself. Callbacks may raise to
+    cancel. Needs ordinary tensors outside `torch.inference_mode`.
     """
     levels = [float(s) for s in sigmas]
     steps = len(levels) - 1

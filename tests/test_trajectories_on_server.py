@@ -57,7 +57,7 @@ def inverted(server, file, node="DDIMInversion", **inputs):
 
 def edited(graph, maker="invert", **inputs):
     """Feature Blend Sampler on a trajectory."""
-    own = edit_graph(trajectory=[maker, 0], latent_image=[maker, 1], cfg=CFG, **inputs)
+    own = edit_graph(**{"trajectory": [maker, 0], "latent_image": [maker, 1], "cfg": CFG, **inputs})
     return graph | {name: own[name] for name in ("token", "blend", "edited", "unedited")}
 
 
@@ -166,9 +166,9 @@ def test_a_saved_trajectory_is_listed_and_edits_as_it_did(server, photo):
 
 def test_names_that_leave_the_folder_are_refused(server, photo):
     for name in ("../secret", "/etc/passwd", "a/../../b"):
-        with pytest.raises(ComfyError, match="TrajectorySave: filename_prefix: .* inside trajectories"):
+        with pytest.raises(ComfyError, match=r"TrajectorySave: filename_prefix: .* inside trajectories"):
             server.run(keep(inverted(server, photo), name))
-    with pytest.raises(ComfyError, match="is not in output/trajectories|not in list"):
+    with pytest.raises(ComfyError, match=r"is not in output/trajectories|not in list"):
         server.run(edited(loaded("../input/figure.png"), "file"))
 
 

@@ -109,8 +109,8 @@ def test_bytes_are_those_of_all_tensors():
 def test_a_saved_trajectory_comes_back_whole(tmp_path):
     t = trajectory(
         negative=[[randn(1, 77, 8), {}], [randn(1, 154, 8), {"mask": randn(1, 3, 5)}]], cfg=3.5, sampler="heun",
-        scheduler="karras", skipped=2, seed=2**63, uncond=randn(3, 2, 77, 8), noise_maps=randn(3, 2, 4, 3, 5), solver="ddpm",
-        eta=0.5,
+        scheduler="karras", skipped=2, seed=2**63, uncond=randn(3, 2, 77, 8), noise_maps=randn(3, 2, 4, 3, 5),
+        solver="ddpm", eta=0.5,
     )  # fmt: skip
     files.save(t, tmp_path / "t.safetensors")
     back = files.load(tmp_path / "t.safetensors")
