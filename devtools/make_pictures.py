@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from . import demo
 from .make_workflows import FOLDER
@@ -31,13 +31,13 @@ THUMBNAIL, INSET, BORDER, BAND = 512, 176, 6, 44
 @dataclass(frozen=True)
 class Shown:
     """What is shown of a template: `titles` of the SaveImage nodes for ``docs/``, up to `each` pictures of each; on the
-    thumbnail `card`, and small in its corner `inset`. for_sdxl: the SDXL version that gets the same thumbnail.
+    thumbnail `card`, and small in its corner `inset`, if any. for_sdxl: the SDXL version that gets the same thumbnail.
     """
 
     template: str
     titles: tuple[str, ...]
     card: str
-    inset: str
+    inset: str = ""
     each: int = 1
     for_sdxl: str = ""
 
@@ -56,9 +56,7 @@ SHOWN = {
         "Word or token (heat maps)", ("picture", "the word", "the token"), "the token", "the word"
     ),
     "edit_a_photo": Shown("Edit a photo's part", EDIT, "edited", "source"),
-    "compare_inversions": Shown(
-        "Compare four inversions", ("photo", "DDIM", "null-text", "edit-friendly", "LEDITS++"), "null-text", "photo"
-    ),
+    "compare_inversions": Shown("Compare four inversions", ("comparison",), "comparison"),
     "four_edits": Shown("One photo, four edits at once", ("source", "edited"), "edited 2", "source", each=4),
 }  # fmt: skip
 
@@ -71,7 +69,7 @@ def main(workflows: Sequence[str]) -> int:
             shown = SHOWN[name]
             pictures = run(server, name, shown.titles, shown.each)
             demo.side_by_side(pictures).save(DOCS / f"{name}.png", optimize=True)
-            card = thumbnail(pictures[shown.card], pictures[shown.inset])
+            card = thumbnail(pictures[shown.card], pictures.get(shown.inset))
             card.save(FOLDER / f"{shown.template}.jpg", quality=88)
             if shown.for_sdxl:
                 banded = with_band(card, "for SDXL (picture: demo model)")
@@ -93,9 +91,11 @@ def run(server: ComfyServer, workflow: str, titles: Sequence[str], each: int = 1
     return found
 
 
-def thumbnail(picture: Image.Image, inset: Image.Image) -> Image.Image:
+def thumbnail(picture: Image.Image, inset: Image.Image | None) -> Image.Image:
     """A square card: one picture, and another small in its lower left corner, above where a band may come."""
-    card = picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    card = ImageOps.pad(picture, (THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, color="white")
+    if inset is None:
+        return card
     small = Image.new("RGB", (INSET + 2 * BORDER, INSET + 2 * BORDER), "white")
     small.paste(inset.resize((INSET, INSET), Image.Resampling.LANCZOS), (BORDER, BORDER))
     card.paste(small, (BORDER, THUMBNAIL - BAND - BORDER - small.height))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .comparison import PictureComparison
 from .feature_blend import EditBatch, FeatureBlendSampler, FeatureBlendSamplerAdvanced
 from .inversion import DDIMInversion, EditFriendlyInversion, LEDITSInversion, NullTextInversion
 from .masks import AdaptiveThreshold, AttentionMaskExtractor
@@ -37,6 +38,7 @@ NODES: list[type[io.ComfyNode]] = [
     ReplayTrajectory,
     TrajectorySave,
     TrajectoryLoad,
+    PictureComparison,
 ]
 
 
