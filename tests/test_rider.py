@@ -207,6 +207,19 @@ def test_room_for_two_rows_makes_two_calls_the_source_in_the_first(model):
     assert tiny.relative(made, live(model)) < 1e-5
 
 
+def test_uncond_before_cond_is_the_same(model):
+    """Other guiders give their conds in another order."""
+
+    def turned(executor, model, conds, *args):
+        return executor(model, conds[::-1], *args)[::-1]
+
+    other = model.clone()
+    other.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "turned", turned)
+    for edits, edit in ((1, tiny.prompt(KIND, 2)), (3, batch(2, 4, 5))):
+        made, _ = ridden(model, edits=edits, edit=edit, model=other)
+        assert tiny.relative(made, live(model, edits=edits, edit=edit)) < 1e-5
+
+
 def test_prompts_of_another_length_make_a_call_of_its_own(model):
     edit = tiny.prompt(KIND, 2, 154)
     made, rider = ridden(model, edit=edit)
