@@ -146,13 +146,13 @@ def compare_inversions(info: Json) -> Workflow:
         pictures.append(
             flow.node("VAEDecode", at=(x, 905), size=(width, 50), samples=sampled[0], vae=model[2])[0]
         )  # fmt: skip
-    flow.group("Compare", at=(360, 1010), size=(1380, 560))
+    flow.group("Compare", at=(360, 1010), size=(1380, 500))
     grid = flow.node(
         "PictureComparison", at=(380, 1085), size=(290, 190), reference=seen[0],
         labels=", ".join(["photo", *(method.title for method in COMPARED)]),
         **dict(zip(("image_a", "image_b", "image_c", "image_d"), pictures, strict=True)),
     )  # fmt: skip
-    save_picture(flow, grid, "comparison", (700, 1085), 1010)
+    save_picture(flow, grid, "comparison", (700, 1085), 1010, 400)
     return flow
 
 

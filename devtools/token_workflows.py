@@ -204,7 +204,8 @@ def look_at_edit(flow: Workflow, model: Node, blend: Node, title: str = "4. Look
         save_picture(flow, node, title, (x, 180), side)
 
 
-def save_picture(flow: Workflow, image: Any, title: str, at: tuple[int, int], side: int) -> None:
+def save_picture(flow: Workflow, image: Any, title: str, at: tuple[int, int], width: int, height: int = 0) -> None:
+    """A SaveImage node, square unless a height is given."""
     prefix = f"scalpel/{title.replace(' ', '_')}"
     link = image[0] if isinstance(image, Node) else image
-    flow.node("SaveImage", at=at, size=(side, side + 80), title=title, images=link, filename_prefix=prefix)
+    flow.node("SaveImage", at=at, size=(width, height or width + 80), title=title, images=link, filename_prefix=prefix)
