@@ -332,7 +332,8 @@ def reconstruction_report(numbers: dict[str, Any], plot: str) -> str:
 column. Exact: {EXACT:.0f} dB or more against the round trip.
 - DDIM and LEDITS++ are inverted without guidance, whatever they are played back with: their nodes have none. \
 Edit-friendly is inverted with the guidance that it is played back with. Null-text without guidance is DDIM.
-- Edit-friendly leaves out 0.36 of the steps at the noisy end, LEDITS++ 0.15 (the nodes' defaults).
+- Edit-friendly leaves out 0.36 of the steps at the noisy end (its authors' value), LEDITS++ 0.15 (the default of both \
+nodes). With one skip and seed both give Feature Blend Sampler the same latents, and so the same edit.
 - Null-text: at most 10 updates a step. Each is a forward and a backward pass and counts as {BACKWARD} rows. It has \
 fewer images because it takes long.
 

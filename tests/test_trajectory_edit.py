@@ -184,6 +184,13 @@ def test_a_schedule_that_an_inversion_skipped_a_part_of_is_told_as_it_was_set(mo
     assert len(simple(model, trajectory, latent, steps=8)[3]) == 6
 
 
+def test_of_two_inversions_with_independent_noise_an_edit_sees_the_same(model):
+    """Whatever their prompts, guidance and noise maps, as the docs say."""
+    friendly = invert(model, EditFriendlyInversion, steps=8, skip=0.25, cfg=7.5)[0]
+    ledits = invert(model, LEDITSInversion, steps=8, skip=0.25, positive=tiny.prompt(KIND, 6))[0]
+    assert tiny.relative(friendly.latents, ledits.latents) < 1e-5
+
+
 @pytest.mark.parametrize("node", [EditFriendlyInversion, LEDITSInversion])
 def test_the_sampler_with_the_noise_maps_keeps_what_is_not_edited_as_well(model, node):
     trajectory, latent, sigmas = invert(model, node)
