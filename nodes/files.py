@@ -1,12 +1,45 @@
-"""Files that nodes write: numbered, whole, never over another."""
+"""Files that nodes read, of those that ComfyUI lists, and write: numbered, whole, never over another."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import uuid
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+
+import folder_paths
+
+
+def listed_path(folder: str, name: str, what: str, shown: str) -> Path:
+    """The file that a name from a workflow stands for. ValueError unless it is one that ComfyUI lists.
+
+    folder: ComfyUI's name of the folder; what: the input's name; shown: what a user calls the folder.
+    """
+    listed = folder_paths.get_filename_list(folder)
+    if name not in listed:
+        raise ValueError(
+            f"{what}: {name!r} is not in {shown}; accepted are the names of its files: "
+            f"{', '.join(listed) or '(it is empty)'}"
+        )
+    return Path(folder_paths.get_full_path_or_raise(folder, name))
+
+
+def validated(path_of: Callable[[str], Path], name: str | None) -> bool | str:
+    """What a loader's `validate_inputs` says of a name; one that is linked is not known before the run."""
+    if name is None:
+        return True
+    try:
+        path_of(name)
+    except ValueError as error:
+        return str(error)
+    return True
+
+
+def fingerprint(path_of: Callable[[str], Path], name: str | None) -> str:
+    """Changes with the file's content: a loader's `fingerprint_inputs`."""
+    return "" if name is None else hashlib.sha256(path_of(name).read_bytes()).hexdigest()
 
 
 def save_numbered(save: Callable[[Path], None], folder: Path, prefix: str) -> Path:

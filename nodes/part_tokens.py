@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from ..core import part_token
 from ..core.part_token import PartToken
 from ..core.part_token import save as save_token
 from .common import CATEGORY, PartTokenType, schema
-from .files import save_numbered
+from .files import fingerprint, listed_path, save_numbered, validated
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +38,7 @@ register_folder()
 
 def token_path(name: str) -> Path:
     """The file that a token name from a workflow stands for. ValueError unless it is one of the listed files."""
-    listed = folder_paths.get_filename_list(FOLDER)
-    if name not in listed:
-        raise ValueError(
-            f"token: {name!r} is not in models/{FOLDER}; accepted are the names of its files: "
-            f"{', '.join(listed) or '(it is empty)'}"
-        )
-    return Path(folder_paths.get_full_path_or_raise(FOLDER, name))
+    return listed_path(FOLDER, name, "token", f"models/{FOLDER}")
 
 
 class PartTokenLoader(io.ComfyNode):
@@ -71,19 +64,11 @@ class PartTokenLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, token: str) -> bool | str:
-        if token is None:  # linked: not known before the run
-            return True
-        try:
-            token_path(token)
-        except ValueError as error:
-            return str(error)
-        return True
+        return validated(token_path, token)
 
     @classmethod
     def fingerprint_inputs(cls, token: str) -> str:
-        if token is None:
-            return ""
-        return hashlib.sha256(token_path(token).read_bytes()).hexdigest()
+        return fingerprint(token_path, token)
 
     @classmethod
     def execute(cls, token: str) -> io.NodeOutput:

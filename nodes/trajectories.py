@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ..core.trajectory import Trajectory
 from ..core.unet import inverting, replay
 from ..core.unet.layers import layer_table
 from .common import TrajectoryType, check_conditioning, check_range, schema, seed_input
-from .files import save_numbered
+from .files import fingerprint, listed_path, save_numbered, validated
 from .inversion import INVERSION_CATEGORY, given_out, outputs
 
 log = logging.getLogger(__name__)
@@ -160,13 +159,7 @@ class TrajectorySave(io.ComfyNode):
 
 def trajectory_path(name: str) -> Path:
     """The file that a name from a workflow stands for. ValueError unless it is one of the listed files."""
-    listed = folder_paths.get_filename_list(FOLDER)
-    if name not in listed:
-        raise ValueError(
-            f"file: {name!r} is not in output/{FOLDER}; accepted are the names of its files: "
-            f"{', '.join(listed) or '(it is empty)'}"
-        )
-    return Path(folder_paths.get_full_path_or_raise(FOLDER, name))
+    return listed_path(FOLDER, name, "file", f"output/{FOLDER}")
 
 
 class TrajectoryLoad(io.ComfyNode):
@@ -189,19 +182,11 @@ class TrajectoryLoad(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
-        if file is None:  # linked: not known before the run
-            return True
-        try:
-            trajectory_path(file)
-        except ValueError as error:
-            return str(error)
-        return True
+        return validated(trajectory_path, file)
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
-        if file is None:
-            return ""
-        return hashlib.sha256(trajectory_path(file).read_bytes()).hexdigest()
+        return fingerprint(trajectory_path, file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

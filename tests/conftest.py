@@ -14,9 +14,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 if TYPE_CHECKING:
     from scalpel.devtools.server import ComfyServer
@@ -50,6 +51,21 @@ def _path_of(variable: str) -> Path:
     if variable not in os.environ:
         pytest.fail(f"{variable} is not set: {HOW}", pytrace=False)
     return Path(os.environ[variable])
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A small SD1.5-shaped MODEL."""
+    from scalpel.tests import tiny
+
+    return tiny.model(tiny.SD15)
+
+
+@pytest.fixture
+def inference() -> Iterator[None]:
+    """The mode in which ComfyUI's server runs nodes."""
+    with torch.inference_mode():
+        yield
 
 
 @pytest.fixture(scope="session")

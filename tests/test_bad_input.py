@@ -13,20 +13,10 @@ from scalpel.nodes.part_tokens import PartTokenLoader
 from scalpel.tests import tiny
 
 KIND = tiny.SD15
+pytestmark = pytest.mark.usefixtures("inference")
 SMALL = tiny.latent(16, 8)
 NAN_MASK = torch.ones(1, 128, 64)
 NAN_MASK[0, 3, 4] = float("nan")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny.model(KIND)
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
 
 
 def _prompt(width=tiny.WIDTH, batch=1, **options):

@@ -12,18 +12,8 @@ from scalpel.tests import tiny
 
 KINDS = {"SD1.5": tiny.SD15, "SDXL": tiny.SDXL}
 KIND = tiny.SD15
+pytestmark = pytest.mark.usefixtures("inference")
 SMALL = tiny.latent(16, 8)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny.model(KIND)
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
 
 
 # ---------------------------------------------------------------- models, sizes, batches, precisions

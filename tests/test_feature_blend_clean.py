@@ -14,24 +14,14 @@ from comfy.patcher_extension import copy_nested_dicts
 from scalpel.tests import tiny
 
 KIND = tiny.SD15
+pytestmark = pytest.mark.usefixtures("inference")
 SMALL = tiny.latent(16, 8)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny.model(KIND)
 
 
 @pytest.fixture(scope="module")
 def plain_before(model):
     with torch.inference_mode():
         return tiny.plain(model, KIND, latent_image=SMALL)
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
 
 
 def _state(model):

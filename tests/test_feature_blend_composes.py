@@ -16,12 +16,8 @@ from scalpel.tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:Should have")  # torchsde's remark on its last step
 KIND = tiny.SD15
+pytestmark = pytest.mark.usefixtures("inference")
 SMALL = tiny.latent(16, 8)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny.model(KIND)
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +25,6 @@ def alone(model):
     """The edit with nothing else in the graph."""
     with torch.inference_mode():
         return tiny.edit(model, KIND, latent_image=SMALL)
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
 
 
 # ---------------------------------------------------------------- LoRA

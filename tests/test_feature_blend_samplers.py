@@ -15,20 +15,10 @@ pytestmark = [
     for start in ("To copy construct from a tensor", "Should have", "__array_wrap__")
 ]
 KIND = tiny.SD15
+pytestmark = pytest.mark.usefixtures("inference")
 SMALL = tiny.latent(16, 8)
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
 PROMISED = ("euler", "heun", "dpmpp_2m", "dpmpp_sde", "lcm", "euler_ancestral", "dpmpp_2m_sde", "uni_pc", "ddim")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny.model(KIND)
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
 
 
 def test_the_samplers_that_were_promised_are_among_those_tried():

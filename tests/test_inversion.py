@@ -30,18 +30,8 @@ from scalpel.tests import tiny
 
 KINDS = {"SD1.5": tiny.SD15, "SDXL": tiny.SDXL}
 KIND = tiny.SD15
+pytestmark = pytest.mark.usefixtures("inference")
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny.model(KIND)
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
 
 
 def picture(batch=1, height=24, width=16):

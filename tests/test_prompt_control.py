@@ -14,18 +14,8 @@ from scalpel.core.unet.rows import PairedRows
 from scalpel.tests import tiny
 
 KIND = tiny.SD15
+pytestmark = pytest.mark.usefixtures("inference")
 SMALL = tiny.latent(16, 8)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny.model(KIND)
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
 
 
 def context(seed, length=77):

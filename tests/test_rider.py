@@ -24,18 +24,8 @@ from scalpel.tests import tiny
 
 KINDS = {"SD1.5": tiny.SD15, "SDXL": tiny.SDXL}
 KIND = tiny.SD15
+pytestmark = pytest.mark.usefixtures("inference")
 SHARE = 0.5
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny.model(KIND)
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
 
 
 def changed(rows, source):

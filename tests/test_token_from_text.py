@@ -19,6 +19,8 @@ from scalpel.nodes.token_making import PartTokenFromText
 from scalpel.partsworld import loader
 from scalpel.tests import tiny
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 SMALL = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 L_WIDTH, G_WIDTH = 16, 24
 
@@ -57,12 +59,6 @@ CLIPS = {"SD1.x": lambda demo: demo[1], "SD2.x": lambda demo: sd2(), "SDXL": lam
 @pytest.fixture(scope="module", params=CLIPS)
 def clip(request, demo):
     return CLIPS[request.param](demo)
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
 
 
 def places(clip, text):

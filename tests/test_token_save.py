@@ -13,8 +13,10 @@ import torch
 from safetensors import safe_open
 
 from scalpel.core.part_token import PartToken, from_tensor
+from scalpel.core.part_token import save as save_token
 from scalpel.nodes import part_tokens
-from scalpel.nodes.part_tokens import PartTokenLoader, PartTokenSave, save_numbered
+from scalpel.nodes.files import save_numbered
+from scalpel.nodes.part_tokens import PartTokenLoader, PartTokenSave
 
 INFO = {"model_family": "SD1.x", "layers": "decoder", "noise_range": "[0.25, 0.0]", "images": "5", "loss": "0.1"}
 TOKEN = PartToken(torch.arange(12.0).view(3, 4), (1, 2), (75, 1, 1), ("head", "hair"), INFO)
@@ -117,7 +119,7 @@ def test_many_threads_save_at_once_and_each_gets_a_file_of_its_own(folder, links
 
     def run(i):
         start.wait()
-        saved[i] = save_numbered(tokens[i], "head")
+        saved[i] = save_numbered(lambda path: save_token(tokens[i], path), folder, "head")
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(len(tokens))]
     for thread in threads:

@@ -18,19 +18,9 @@ from scalpel.tests.test_inversion import invert, picture
 
 KINDS = {"SD1.5": tiny.SD15, "SDXL": tiny.SDXL}
 KIND = tiny.SD15
+pytestmark = pytest.mark.usefixtures("inference")
 BETWEEN = 0.1
 """Relative difference from live rows if the source of an 8-step run is read off a record of 16 other steps."""
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny.model(KIND)
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
 
 
 def recorded(patcher, kind=KIND, sampler="euler", steps=4, latent=None, scheduler="normal", cfg=4.0, **prompts):
