@@ -97,7 +97,9 @@ def _fixed_point(
     for _ in range(iterations):
         guesses, values = [*guesses[-2:], guess], [*values[-2:], function(guess)]
         guess = values[-1]
-        misses = [(value - x).double().flatten() for x, value in zip(guesses, values, strict=True)]
+        misses = [(value - x).cpu().double().flatten() for x, value in zip(guesses, values, strict=True)]
+        if not misses[-1].any():
+            break
         changes = torch.stack([b - a for a, b in pairwise(misses)]) if misses[1:] else None
         if changes is not None:
             system = changes @ changes.T

@@ -69,8 +69,13 @@ def null_text_inversion(
             nothing = denoise_unconditionally(x, sigma, embedding)
             missed = F.mse_loss(next_latent(nothing) * scale, track[i + 1] * scale, reduction="none")
             errors = missed.flatten(1).mean(1)  # of each picture, which are optimised side by side
+            if not errors.requires_grad:
+                raise ValueError(
+                    "model: its attention has no backward pass (sage attention has none); start ComfyUI with another "
+                    "(--use-pytorch-cross-attention)"
+                )
             optimiser.zero_grad()
-            errors.sum().backward()
+            _backward(errors.sum(), embedding, 2.0 ** missed[0].numel().bit_length())
             before = embedding.detach().clone()
             optimiser.step()
             with torch.no_grad():
@@ -87,3 +92,17 @@ def null_text_inversion(
         if on_step is not None:
             on_step(i, wanted, x, losses[-1])
     return NullText(torch.stack(latents), torch.stack(found), losses, inner)
+
+
+def _backward(error: torch.Tensor, embedding: torch.Tensor, scale: float) -> None:
+    """The gradient of an error, brought through a half-precision model `scale` times as large, or less if that is too
+    large: of a mean over a latent it would round to 0 there.
+    """
+    while True:
+        embedding.grad = None
+        (error * scale).backward(retain_graph=True)
+        assert embedding.grad is not None
+        if scale <= 1 or torch.isfinite(embedding.grad).all():
+            embedding.grad /= scale
+            return
+        scale /= 16

@@ -165,7 +165,7 @@ def same_level(a: float, b: float) -> bool:
 
 def clean_scale(sigmas: torch.Tensor) -> float:
     """By how much x at the end of a schedule is larger than the clean latent, which is taken to live there."""
-    return float((1 + sigmas[-1].double() ** 2).sqrt())
+    return (1 + float(sigmas[-1]) ** 2) ** 0.5
 
 
 class Playback:

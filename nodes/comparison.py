@@ -47,8 +47,8 @@ class PictureComparison(io.ComfyNode):
                 raise ValueError(f"{name}: it is {own} where the reference is {wanted}; give pictures of one size")
         written = [label.strip() for label in labels.split(",")]
         written += ["reference", *given][len(written) :]
-        pictures = [image[0, ..., :3] for image in given.values()]
-        first = reference[0, ..., :3]
+        pictures = [image[0, ..., :3].cpu() for image in given.values()]
+        first = reference[0, ..., :3].cpu()
         values = [
             f"{label}: {psnr(picture, first):.2f} dB" for label, picture in zip(written[1:], pictures, strict=False)
         ]

@@ -247,7 +247,7 @@ def _sample(
         raise ValueError("sigmas: there is no step to take; give at least two sigmas, or a denoise above 0")
     if trajectory is not None:
         check_trajectory(trajectory, model)
-        _check_source(trajectory, samples)
+        _check_source(trajectory, samples, model, latent_image)
     rows = PairedRows.pair(batch_of(edit), len(samples))
     if part_token is not None:
         check_token(part_token, model)
@@ -274,16 +274,22 @@ def _recorded_part(sigmas: torch.Tensor, trajectory: Trajectory, scheduler: str)
     skipped = f", of which the first {trajectory.skipped} are left out" if trajectory.skipped else ""
     made = f"{trajectory.steps + trajectory.skipped} steps of {trajectory.scheduler}{skipped},"
     raise ValueError(
-        f"steps, scheduler, denoise: they give {len(sigmas) - 1} steps of {scheduler} from sigma "
+        f"steps, scheduler, denoise, sampler_name: they give {len(sigmas) - 1} steps of {scheduler} from sigma "
         f"{float(sigmas[0]):.4g} to {float(sigmas[-1]):.4g}, but the trajectory was made with {made} from "
         f"{float(trajectory.sigmas[0]):.4g} to {float(trajectory.sigmas[-1]):.4g}; set them as in the node that made "
-        "it, or give its sigmas to Feature Blend Sampler Advanced"
+        "it (inversions have euler's noise levels; dpm_2 and uni_pc have others), or give its sigmas to Feature Blend "
+        "Sampler Advanced"
     )
 
 
-def _check_source(trajectory: Trajectory, samples: torch.Tensor) -> None:
+def _check_source(trajectory: Trajectory, samples: torch.Tensor, model: Any, latent: dict[str, Any]) -> None:
     """ValueError unless the latent has the trajectory's size and number of images."""
     check_latent_size(trajectory, (samples.shape[-2], samples.shape[-1]))
+    if getattr(model.model, "concat_keys", ()) and "noise_mask" in latent:
+        raise ValueError(
+            "latent_image: an inpainting model takes a noise mask for what it is to fill in, and the picture around it "
+            "from latent_image, which a trajectory takes the place of; give the mask to the sampler's mask input"
+        )
     if len(samples) != trajectory.images:
         raise ValueError(
             f"latent_image: it has {len(samples)} pictures, and the trajectory {trajectory.images}; give the latent "

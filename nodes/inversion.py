@@ -67,8 +67,9 @@ def outputs() -> list[Any]:
 
 
 def given_out(trajectory: Trajectory, latent: dict[str, Any] | None = None) -> io.NodeOutput:
-    """The outputs; what the LATENT says of its rows (batch_index, noise_mask) is passed on."""
-    return io.NodeOutput(trajectory, {**(latent or {}), **start_latent(trajectory)}, trajectory.sigmas.clone())
+    """The outputs; what the LATENT says of its rows is passed on, but for a mask: around it samplers would keep x_T."""
+    kept = {key: value for key, value in (latent or {}).items() if key != "noise_mask"}
+    return io.NodeOutput(trajectory, {**kept, **start_latent(trajectory)}, trajectory.sigmas.clone())
 
 
 def _schedule(
@@ -160,7 +161,7 @@ class NullTextInversion(io.ComfyNode):
         check_range("learning_rate", learning_rate, 1e-5, 10.0)
         for name, conditioning in (("positive", positive), ("negative", negative)):
             check_conditioning(name, conditioning, model)
-            _check_single(name, conditioning)
+            _check_single(name, conditioning, len(latent["samples"]))
         sigmas, _ = _schedule(model, latent, scheduler, steps)
         trajectory = inverting.invert_null_text(
             model, positive, negative, latent, sigmas, scheduler, cfg, inner_steps, learning_rate
@@ -168,11 +169,13 @@ class NullTextInversion(io.ComfyNode):
         return given_out(trajectory, latent)
 
 
-def _check_single(name: str, conditioning: Any) -> None:
+def _check_single(name: str, conditioning: Any, pictures: int) -> None:
     if len(conditioning) != 1:
         raise ValueError(
             f"{name}: it has {len(conditioning)} entries (combined prompts); null-text inversion takes a single prompt"
         )
+    if len(conditioning[0][0]) not in (1, pictures):
+        raise ValueError(f"{name}: {len(conditioning[0][0])} prompts for {pictures} pictures; give 1 or {pictures}")
 
 
 class EditFriendlyInversion(io.ComfyNode):

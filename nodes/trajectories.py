@@ -13,6 +13,7 @@ from comfy_api.latest import io, ui
 from ..core import trajectory as files
 from ..core.trajectory import Trajectory
 from ..core.unet import inverting, replay
+from ..core.unet.inputs import model_sigmas
 from ..core.unet.layers import layer_table
 from .common import TrajectoryType, check_conditioning, check_range, schema, seed_input
 from .files import fingerprint, listed_path, save_numbered, validated
@@ -34,7 +35,6 @@ def register_folder() -> None:
         trajectory_folder().mkdir(parents=True, exist_ok=True)
     except OSError as error:  # a read-only volume
         log.warning("Scalpel: %s cannot be made (%s)", trajectory_folder(), error)
-        return
     folder_paths.add_model_folder_path(FOLDER, str(trajectory_folder()))
     folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
 
@@ -89,6 +89,8 @@ class RecordTrajectory(io.ComfyNode):
         check_range("steps", steps, 1, 10000)
         check_range("denoise", denoise, 0.0, 1.0)
         layer_table(model)
+        if (model_sigmas(model, sampler_name, scheduler, steps, denoise).diff() >= 0).any():
+            raise ValueError(f"steps: {scheduler} has no {steps} different noise levels; give fewer")
         for name, conditioning in (("positive", positive), ("negative", negative)):
             check_conditioning(name, conditioning, model)
         samples, trajectory = inverting.record(

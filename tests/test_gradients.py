@@ -145,6 +145,38 @@ def test_the_authors_loop_gives_the_same_embeddings():
     torch.testing.assert_close(found.latents[-1], x, rtol=1e-3, atol=1e-3)
 
 
+def test_gradients_that_half_precision_would_round_to_zero_arrive():
+    """As through a UNet in fp16: what goes back into it is rounded to half precision."""
+
+    class Half(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient.half().float()
+
+    denoise, without_prompt, track, sigmas, start = _toy()
+    small = 3e-5  # of what a latent of SDXL's size makes a picture's gradient
+    settings = (small * track, sigmas, torch.zeros_like(start), 3.0, 20, 0.02)
+
+    def exact(x, sigma, embedding):
+        return small * without_prompt(x / small, sigma, embedding / small)
+
+    wanted = null_text_inversion(lambda x, s: small * denoise(x / small, s), exact, *settings)
+    found = null_text_inversion(
+        lambda x, s: small * denoise(x / small, s), lambda *a: Half.apply(exact(*a)), *settings
+    )  # fmt: skip
+    assert tiny.relative(found.uncond, wanted.uncond) < 0.01
+
+
+def test_an_attention_without_backward_pass_is_named():
+    denoise, without_prompt, *rest = _toy()
+    with pytest.raises(ValueError, match="its attention has no backward pass"):
+        null_text_inversion(denoise, lambda *a: without_prompt(*a).detach(), *rest, 3.0, 2, 0.01)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_a_null_text_trajectory_is_played_back(name):
     kind = KINDS[name]

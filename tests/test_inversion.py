@@ -375,6 +375,7 @@ def test_v_prediction_models_are_inverted(node):
         (EditFriendlyInversion, {"eta": 1.5}, "eta: 1.5 is out of range"),
         (EditFriendlyInversion, {"cfg": 0.5}, "cfg: 0.5 is out of range"),
         (LEDITSInversion, {"skip": -0.1}, "skip: -0.1 is out of range"),
+        (NullTextInversion, {"negative": tiny.prompt(KIND, 3, batch=2)}, "negative: 2 prompts for 1 pictures"),
         (NullTextInversion, {"inner_steps": 0}, "inner_steps: 0 is out of range"),
         (NullTextInversion, {"learning_rate": 0.0}, "learning_rate: 0.0 is out of range"),
     ],

@@ -226,7 +226,7 @@ def test_what_does_not_fit_gets_a_sentence_each_and_the_run_after_them_works(ser
         (
             {},
             {"steps": STEPS + 1},
-            "steps, scheduler, denoise: they give 5 steps of ddim_uniform .* 4 steps of ddim_uni",
+            "steps, scheduler, denoise, sampler_name: they give 5 steps of ddim_uniform .* 4 steps of ddim_uni",
         ),
         ({}, {"mask": ["nothing", 0]}, r"mask: it is empty \(all 0\)"),
         ({"skip": 0.95}, {}, "skip: 0.95 leaves none of 4 steps"),

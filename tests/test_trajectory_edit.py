@@ -196,7 +196,9 @@ def test_the_sampler_with_the_noise_maps_keeps_what_is_not_edited_as_well(model,
 @pytest.mark.parametrize("change", [{"steps": 5}, {"scheduler": "karras"}, {"denoise": 0.5}])
 def test_another_schedule_than_the_trajectory_s_is_refused_with_both(model, change):
     trajectory, latent, _ = invert(model, DDIMInversion)
-    with pytest.raises(ValueError, match=r"steps, scheduler, denoise: they give \d steps of .* 4 steps of ddim_unif"):
+    with pytest.raises(
+        ValueError, match=r"steps, scheduler, denoise, sampler_name: they give \d steps of .* 4 steps of ddim_unif"
+    ):
         simple(model, trajectory, latent, **change)
 
 

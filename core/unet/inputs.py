@@ -14,7 +14,7 @@ def model_sigmas(model: Any, sampler_name: str, scheduler: str, steps: int, deno
     sampler = comfy.samplers.KSampler(
         model, steps, model.load_device, sampler_name, scheduler, denoise, model.model_options
     )
-    return sampler.sigmas
+    return sampler.sigmas.cpu()
 
 
 def checked_latent(model: Any, latent: dict[str, Any], name: str = "latent_image") -> torch.Tensor:

@@ -56,7 +56,10 @@ def inversion_sigmas(model: Any, scheduler: str, steps: int) -> torch.Tensor:
     if scheduler == DDIM_LEADING:
         sampling = model.get_model_object("model_sampling")
         timesteps = leading_timesteps(steps, CONVENTIONS[DDIM_LEADING], len(sampling.sigmas))
-        return sampling.sigma(torch.tensor(timesteps, dtype=torch.float32)).float().cpu()
+        sigmas: torch.Tensor = sampling.sigma(torch.tensor(timesteps, dtype=torch.float32)).float().cpu()
+        if not torch.isfinite(sigmas).all():
+            raise ValueError(f"scheduler: this model's noise levels have no timesteps, which {DDIM_LEADING} needs")
+        return sigmas
     return model_sigmas(model, "euler", scheduler, steps, 1.0)
 
 
@@ -155,11 +158,15 @@ class _Run:
 
 
 def with_embedding(conds: list[dict[str, Any]], embedding: torch.Tensor) -> list[dict[str, Any]]:
-    """Conds as ComfyUI prepared them, with another text embedding [rows, tokens, width]."""
-    return [
-        {**entry, "model_conds": {**entry["model_conds"], "c_crossattn": comfy.conds.CONDCrossAttn(embedding)}}
-        for entry in conds
-    ]
+    """Conds as ComfyUI prepared them, with another text embedding [rows, tokens, width] where theirs lies: ComfyUI puts
+    no two conds into one call that lie on different devices.
+    """
+    found = []
+    for entry in conds:
+        own = entry["model_conds"]["c_crossattn"].cond
+        other = comfy.conds.CONDCrossAttn(embedding.to(own.device))
+        found.append({**entry, "model_conds": {**entry["model_conds"], "c_crossattn": other}})
+    return found
 
 
 class _Body(comfy.samplers.Sampler):
@@ -248,8 +255,8 @@ def invert_null_text(
         track = ddim_inversion(
             lambda x, sigma: run.predict(x, sigma, "positive"), run.clean, sigmas, on_step=run.progress
         )  # fmt: skip
-        context = run.guider.conds["negative"][0]["model_conds"]["c_crossattn"].cond
-        start = context.expand(len(run.clean), -1, -1) if len(context) == 1 else context
+        context = run.guider.conds["negative"][0]["model_conds"]["c_crossattn"].cond.to(run.clean.device)
+        start = context.expand(len(run.clean), -1, -1)
         log.info(
             "Scalpel: optimising the negative prompt of %d steps, %d updates at most each", run.steps // 2, inner_steps
         )

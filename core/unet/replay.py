@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from itertools import pairwise
 from typing import Any
@@ -33,6 +34,11 @@ def check_trajectory(trajectory: Trajectory, model: Any, name: str = "trajectory
                 f"{name}: it was made with a model of another {what} ({own}) than this one ({given}); make it again "
                 "with this model"
             )
+    if trajectory.sampler not in comfy.samplers.KSampler.SAMPLERS:
+        raise ValueError(
+            f"{name}: it was recorded with the sampler {trajectory.sampler!r}, which this ComfyUI does not have; "
+            "update ComfyUI, or make the trajectory again"
+        )
     if trajectory.model.fingerprint != mark.fingerprint:
         log.warning("Scalpel: the trajectory was made with another checkpoint; the source will not come out as it was")
 
@@ -77,7 +83,7 @@ class NullTextEmbeddings:
         def evaluate(
             executor: Any, model: Any, conds: Any, x: torch.Tensor, timestep: torch.Tensor, *more: Any
         ) -> Any:  # fmt: skip
-            own = embeddings[trajectory.step_of(float(timestep.flatten()[0]))].to(x.device)
+            own = embeddings[trajectory.step_of(float(timestep.flatten()[0]))]
             own = own if rows is None else own[list(rows)]
             negative = guider.conds.get("negative")
             conds = [with_embedding(c, own) if c is not None and c is negative else c for c in conds]
@@ -109,8 +115,10 @@ def replay_sampler(trajectory: Trajectory) -> Any:
 
     def sample(
         model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any], callback: Any = None,
-        disable: Any = None, **options: Any,
+        disable: Any = None, noise_sampler: Any = None, **options: Any,
     ) -> torch.Tensor:  # fmt: skip
+        if noise_sampler is not None and "noise_sampler" in inspect.signature(recorded.sampler_function).parameters:
+            options["noise_sampler"] = noise_sampler
         _check_size(trajectory, x)
         start = _rows(trajectory.at(float(sigmas[0])), x)
         extra_args = {**extra_args, "seed": trajectory.seed}

@@ -113,10 +113,11 @@ class Rider:
         It begins with the last entries, which the source is one of, unless they differ in what a call can hold.
         """
         entries = [entry for group in conds for entry in group or ()] + [self._entry]
-        lengths = {entry["model_conds"]["c_crossattn"].cond.shape[1] for entry in entries}
+        contexts = [entry["model_conds"]["c_crossattn"].cond for entry in entries]
+        places = {(context.shape[1], context.device) for context in contexts}
         kinds = {tuple(sorted(entry["model_conds"])) for entry in entries}
         plain = not any(entry.get(key) is not None for entry in entries for key in SPLITS_CALLS)
-        return len(lengths) == len(kinds) == 1 and plain
+        return len(places) == len(kinds) == 1 and plain
 
     def _show(self, executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """APPLY_MODEL: the source's rows get the recorded latent in the place of the sampler's."""
