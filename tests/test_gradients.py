@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scalpel.core.null_text import null_text_inversion
+from scalpel.core.null_text import _backward, null_text_inversion
 from scalpel.core.unet import inverting
 from scalpel.core.unet.gradients import gradients, ordinary
 from scalpel.nodes.inversion import NullTextInversion
@@ -157,18 +157,13 @@ def test_gradients_that_half_precision_would_round_to_zero_arrive():
         def backward(ctx, gradient):
             return gradient.half().float()
 
-    denoise, without_prompt, track, sigmas, start = _toy()
-    small = 3e-5  # of what a latent of SDXL's size makes a picture's gradient
-    settings = (small * track, sigmas, torch.zeros_like(start), 3.0, 20, 0.02)
-
-    def exact(x, sigma, embedding):
-        return small * without_prompt(x / small, sigma, embedding / small)
-
-    wanted = null_text_inversion(lambda x, s: small * denoise(x / small, s), exact, *settings)
-    found = null_text_inversion(
-        lambda x, s: small * denoise(x / small, s), lambda *a: Half.apply(exact(*a)), *settings
-    )  # fmt: skip
-    assert tiny.relative(found.uncond, wanted.uncond) < 0.01
+    for size, missed in ((2**20, 1e-3), (2**8, 1e6)):  # rounded to 0; too large if scaled by all of the latent
+        found, exact = torch.zeros(4, requires_grad=True), torch.zeros(4, requires_grad=True)
+        for embedding, inside in ((found, Half.apply), (exact, torch.clone)):
+            prediction = inside(embedding.repeat(size // 4) * torch.linspace(0.5, 1.5, size))
+            _backward((prediction - missed).square().mean(), embedding, 2.0 ** size.bit_length())
+        assert exact.grad.abs().min() > 0
+        assert tiny.relative(found.grad, exact.grad) < 0.01
 
 
 def test_an_attention_without_backward_pass_is_named():
