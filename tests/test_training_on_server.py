@@ -96,7 +96,7 @@ def test_a_saved_token_is_listed_and_edits_in_another_graph_as_it_did_in_the_fir
     edited = latents(server, edit_graph(name))["edited"]
     assert (edited - first["edited"]).abs().mean() < 1e-3  # a pixel of a mask may fall to the other side of a threshold
     token = part_token.load(server.base / "models" / "part_tokens" / name)
-    assert token.names == ("head",)
+    assert list(token.parts) == ["head"]
     assert token.info["images"] == "2"
 
 
