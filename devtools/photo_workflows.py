@@ -158,7 +158,7 @@ def compare_inversions(info: Json) -> Workflow:
     grid = flow.node(
         "PictureComparison", at=(380, 1085), size=(290, 190), reference=seen[0],
         labels=", ".join(["photo", *(method.title for method in COMPARED)]),
-        **dict(zip(("image_a", "image_b", "image_c", "image_d"), pictures, strict=True)),
+        image_a=pictures[0], image_b=pictures[1], image_c=pictures[2], image_d=pictures[3],
     )  # fmt: skip
     save_picture(flow, grid, "comparison", (700, 1085), 1010, 400)
     return flow
@@ -212,7 +212,7 @@ def _inversion_node(
 
 
 def _edit(
-    flow: Workflow, model: Node, token: Node, inverted: Node, source: Link, edit: Link, negative: Node, **more: Link
+    flow: Workflow, model: Node, token: Node, inverted: Node, source: Link, edit: Link, negative: Node, **more: Any
 ) -> None:  # fmt: skip
     flow.group("4. Edit", at=(360, 530), size=(370, 640))
     blend = flow.node(

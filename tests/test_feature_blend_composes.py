@@ -14,9 +14,11 @@ from comfy.ldm.modules.attention import optimized_attention
 
 from scalpel.tests import tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore:Should have")  # torchsde's remark on its last step
+pytestmark = [
+    pytest.mark.usefixtures("inference"),
+    pytest.mark.filterwarnings("ignore:Should have"),  # torchsde's remark on its last step
+]
 KIND = tiny.SD15
-pytestmark = pytest.mark.usefixtures("inference")
 SMALL = tiny.latent(16, 8)
 
 

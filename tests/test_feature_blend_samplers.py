@@ -11,11 +11,13 @@ from scalpel.core.unet.samplers import paired_sampler
 from scalpel.tests import tiny
 
 pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{start}")  # remarks of ComfyUI's samplers on themselves
-    for start in ("To copy construct from a tensor", "Should have", "__array_wrap__")
+    pytest.mark.usefixtures("inference"),
+    *(
+        pytest.mark.filterwarnings(f"ignore:{start}")  # remarks of ComfyUI's samplers on themselves
+        for start in ("To copy construct from a tensor", "Should have", "__array_wrap__")
+    ),
 ]
 KIND = tiny.SD15
-pytestmark = pytest.mark.usefixtures("inference")
 SMALL = tiny.latent(16, 8)
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
 PROMISED = ("euler", "heun", "dpmpp_2m", "dpmpp_sde", "lcm", "euler_ancestral", "dpmpp_2m_sde", "uni_pc", "ddim")
