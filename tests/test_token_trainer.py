@@ -270,8 +270,8 @@ def train(demo, **changes):
 def test_a_token_is_learned_and_its_heat_map_lies_on_the_part(demo):
     token, curve, heatmaps = train(demo, steps=150)
     _, _, images, masks = demo
-    assert token.embedding.shape == (2, 128)
-    assert (token.part_rows, token.counts, token.names) == ((1,), (76, 1), ("head",))
+    assert token.embedding.shape == (4, 128)  # two rows of each
+    assert (token.parts, token.counts) == ({"head": (2, 3)}, (38, 37, 1, 1))
     assert curve.shape == (1, 400, 640, 3)
     assert heatmaps.shape == images.shape
     latent = {"samples": torch.cat([demo[1].encode(image[None]) for image in images])}
@@ -281,7 +281,7 @@ def test_a_token_is_learned_and_its_heat_map_lies_on_the_part(demo):
 
 
 def test_a_name_of_several_lines_becomes_one(demo):
-    assert train(demo, steps=1, name=" left\n  ear ")[0].names == ("left ear",)
+    assert train(demo, steps=1, name=" left\n  ear ")[0].parts.keys() == {"left ear"}
 
 
 def test_the_token_says_how_it_was_trained(demo):
