@@ -243,7 +243,7 @@ def report(results: dict[str, dict[str, Any]], drawn: Sequence[str], seconds: fl
     pictures = "\n\n".join(f"![{name}](docs/{name}.png)" for name in drawn)
     return f"""{_report.table(head, rows)}
 
-Optimisation of a token on 20 images, mean: {taken}; the queries take about 10 s more. Noise {tokens.NOISE}, \
+Optimisation of a token on 20 images, mean: {taken}. Noise {tokens.NOISE}, \
 {tokens.TIMESTEPS} timesteps, `fast` but where `paper` stands over a column.
 
 By layer: trained and read on those layers alone, at three of the noise levels. By noise: trained at \

@@ -149,8 +149,22 @@ class Trajectory:
 
     def step_of(self, sigma: float) -> int:
         """The step whose start is at this noise level or the next above it, from 0."""
-        reached = [i for i, level in enumerate(self.sigmas[:-1].tolist()) if level >= sigma * (1 - SAME_LEVEL)]
-        return reached[-1] if reached else 0
+        return step_at(self.sigmas.tolist(), sigma)
+
+    def image_of(self, rows: int) -> list[int]:
+        """For each of a batch's `rows`, which image it comes from. ValueError if the batch is no multiple of them."""
+        if rows % self.images:
+            raise ValueError(
+                f"latent_image: its batch of {rows} does not fit the trajectory's {self.images} images; give as many, "
+                "or a multiple"
+            )
+        return [row % self.images for row in range(rows)]
+
+
+def step_at(sigmas: Sequence[float], sigma: float) -> int:
+    """The step of a falling schedule to which a noise level belongs, from 0: the last that does not start below it."""
+    reached = [i for i, level in enumerate(sigmas[:-1]) if level >= sigma * (1 - SAME_LEVEL)]
+    return reached[-1] if reached else 0
 
 
 def same_schedule(first: torch.Tensor, second: torch.Tensor) -> bool:

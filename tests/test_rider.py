@@ -48,7 +48,7 @@ def with_rider(patcher, trajectory, conditioning):
             if source is not None:
                 features[name, address_of(options)] = source.clone()
             for _, chunk in others:
-                own = features[name, address_of(options)][rider.source_of(len(chunk))]
+                own = features[name, address_of(options)][trajectory.image_of(len(chunk))]
                 chunk.copy_(changed(chunk, own))
             return n
 
@@ -62,7 +62,7 @@ def with_rider(patcher, trajectory, conditioning):
     return patched, riders
 
 
-def with_live_rows(patcher, rows, positive_uuid_place=0):
+def with_live_rows(patcher, rows):
     """The same with the source as rows of the sampler's batch: its positive entry's features serve all entries.
 
     Cond and uncond must be in one call, the whole picture's positive entry first.
@@ -378,10 +378,12 @@ def test_a_noise_level_outside_the_record_is_refused_and_the_next_run_works(mode
 
 
 def test_batches_that_do_not_pair_are_refused(model):
+    two = RecordTrajectory.execute(
+        model, 7, 2, 1.0, "euler", "normal", tiny.prompt(KIND, 1), tiny.prompt(KIND, 3), tiny.latent(24, 16, 2), 1.0
+    ).args[1]
+    patched, _ = with_rider(model, two, tiny.prompt(KIND, 1))
     with pytest.raises(ValueError, match="its batch of 3 does not fit the trajectory's 2 images"):
-        Rider(RecordTrajectory.execute(
-            model, 7, 2, 1.0, "euler", "normal", tiny.prompt(KIND, 1), tiny.prompt(KIND, 3), tiny.latent(8, 8, 2), 1.0
-        ).args[1], tiny.prompt(KIND, 1), "test").source_of(3)  # fmt: skip
+        tiny.plain(patched, KIND, latent_image=tiny.latent(batch=3), sigmas=two.sigmas)
 
 
 def test_the_model_and_its_clones_are_as_before(model):

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
+from ..trajectory import step_at
+
 ConditionKey = tuple[Any, int]
 """(uuid of a conditioning entry, its place among the guider's conds)."""
 Area = tuple[int, int, int, int] | None
@@ -45,8 +47,7 @@ class Evaluation:
     @property
     def step(self) -> int:
         """The step this evaluation belongs to, from 0: the last whose sigma is not below this one."""
-        reached = [i for i, sigma in enumerate(self.sigmas[:-1]) if sigma >= self.sigma * (1 - 1e-5)]
-        return reached[-1] if reached else 0
+        return step_at(self.sigmas, self.sigma)
 
     def install(self, transformer_options: dict[str, Any]) -> None:
         """Follow the run that has these options: ComfyUI's copy for this run, so that it ends with it."""

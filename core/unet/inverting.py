@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import comfy.conds
@@ -251,7 +251,7 @@ def invert_null_text(
 
     def body(run: _Run) -> tuple[torch.Tensor, torch.Tensor]:
         # the bar moves once a step of either half
-        run = _Run(run.guider, run.options, run.clean, run.callback, 2 * run.steps)
+        run = replace(run, steps=2 * run.steps)
         track = ddim_inversion(
             lambda x, sigma: run.predict(x, sigma, "positive"), run.clean, sigmas, on_step=run.progress
         )  # fmt: skip

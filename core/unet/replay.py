@@ -119,8 +119,8 @@ def replay_sampler(trajectory: Trajectory) -> Any:
     ) -> torch.Tensor:  # fmt: skip
         if noise_sampler is not None and "noise_sampler" in inspect.signature(recorded.sampler_function).parameters:
             options["noise_sampler"] = noise_sampler
-        _check_size(trajectory, x)
-        start = _rows(trajectory.at(float(sigmas[0])), x)
+        check_latent_size(trajectory, (x.shape[-2], x.shape[-1]))
+        start = trajectory.at(float(sigmas[0]))[trajectory.image_of(len(x))].to(x)
         extra_args = {**extra_args, "seed": trajectory.seed}
         if trajectory.noise_maps is None:
             result = recorded.sampler_function(
@@ -148,19 +148,10 @@ def _add_noise_maps(
     for i, (sigma, following) in enumerate(pairwise(levels)):
         denoised = model(x, x.new_full((len(x),), sigma), **extra_args)
         mean, _ = step(x, denoised, sigma, following)
-        x = mean + _rows(trajectory.noise_maps[i], x)
+        x = mean + trajectory.noise_maps[i][trajectory.image_of(len(x))].to(x)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
     return x
-
-
-def _check_size(trajectory: Trajectory, like: torch.Tensor) -> None:
-    check_latent_size(trajectory, (like.shape[-2], like.shape[-1]))
-    if len(like) % trajectory.images:
-        raise ValueError(
-            f"latent_image: its batch of {len(like)} does not fit the trajectory's {trajectory.images} images; give as "
-            "many, or a multiple"
-        )
 
 
 def check_latent_size(trajectory: Trajectory, size: tuple[int, int], name: str = "latent_image") -> None:
@@ -171,11 +162,6 @@ def check_latent_size(trajectory: Trajectory, size: tuple[int, int], name: str =
             f"{name}: it is a picture of {given}, and the trajectory's is {own}; give the latent that the "
             "trajectory came with"
         )
-
-
-def _rows(images: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """[images, …] as often as a batch has them, one after the other as Repeat Latent Batch does."""
-    return images.repeat(len(like) // len(images), 1, 1, 1).to(like)
 
 
 # ---------------------------------------------------------------- rows of a batch

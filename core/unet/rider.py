@@ -57,16 +57,6 @@ class Rider:
         add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, self.key, self._evaluate, options)
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, self.key, self._show, options)
 
-    def source_of(self, rows: int) -> list[int]:
-        """For each of `rows` edits, which of the trajectory's images it comes from. ValueError if they do not pair."""
-        images = self.trajectory.images
-        if rows % images:
-            raise ValueError(
-                f"latent_image: its batch of {rows} does not fit the trajectory's {images} images; give as many, or a "
-                "multiple"
-            )
-        return [i % images for i in range(rows)]
-
     def split(
         self, rows: torch.Tensor, options: dict[str, Any]
     ) -> tuple[torch.Tensor | None, list[tuple[int, torch.Tensor]]]:
@@ -100,7 +90,7 @@ class Rider:
         if self._seen:  # once more at this noise level, as a guidance's extra pass asks for: the patches still know
             return executor(model, conds, x, timestep, model_options)
         self._seen, rows = True, len(self._latent)
-        self.source_of(len(x))
+        self.trajectory.image_of(len(x))  # refuses batches that do not pair
         self.riding = rows == len(x) and self._fits_in(conds)
         if self.riding:
             return executor(model, [*conds, [self._entry]], x, timestep, model_options)[:-1]
