@@ -310,14 +310,16 @@ def test_two_pictures_that_are_not_square_are_inverted_as_each_alone(name, node)
     kind = KINDS[name]
     patcher = tiny.model(kind)
     both = picture(2, 16, 24)
-    trajectory, latent, sigmas = invert(patcher, node, kind, latent=both, steps=3)
+    # one small update: Adam makes signs of the rounding of the smallest gradients, and further updates build on them
+    few = {"inner_steps": 1, "learning_rate": 1e-3} if node is NullTextInversion else {}
+    trajectory, latent, sigmas = invert(patcher, node, kind, latent=both, steps=3, **few)
     assert trajectory.images == 2
     assert trajectory.size == (16, 24)
     assert latent["samples"].shape == (2, 4, 16, 24)
     assert torch.equal(sigmas, trajectory.sigmas)
     second = {"samples": both["samples"][1:], "batch_index": [1]}
-    alone = invert(patcher, node, kind, latent=second, steps=3)[0]
-    assert tiny.relative(trajectory.latents[:, 1:], alone.latents) < (0.01 if node is NullTextInversion else 1e-4)
+    alone = invert(patcher, node, kind, latent=second, steps=3, **few)[0]
+    assert tiny.relative(trajectory.latents[:, 1:], alone.latents) < (2e-3 if node is NullTextInversion else 1e-4)
 
 
 @pytest.mark.parametrize(
