@@ -5,12 +5,14 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .comparison import PictureComparison
+from .cpam import CPAMCrossAttnPatch, CPAMSelfAttnPatch, RegionPrompts
 from .feature_blend import EditBatch, FeatureBlendSampler, FeatureBlendSamplerAdvanced
 from .inversion import DDIMInversion, EditFriendlyInversion, LEDITSInversion, NullTextInversion
 from .masks import AdaptiveThreshold, AttentionMaskExtractor
 from .part_tokens import PartTokenLoader, PartTokenSave
 from .partsworld import PartsWorldLoader
 from .prompt_to_prompt import PromptToPrompt
+from .run_log import RunLogShow
 from .token_dataset import PartTokenDataset
 from .token_making import PartTokenCombine, PartTokenFromText
 from .token_training import PartTokenTrainer
@@ -39,6 +41,10 @@ NODES: list[type[io.ComfyNode]] = [
     TrajectorySave,
     TrajectoryLoad,
     PictureComparison,
+    CPAMSelfAttnPatch,
+    CPAMCrossAttnPatch,
+    RegionPrompts,
+    RunLogShow,
 ]
 
 

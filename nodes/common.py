@@ -9,12 +9,14 @@ import torch
 from comfy_api.latest import io
 
 from ..core.part_token import PADDINGS, PartToken, family
+from ..core.unet.inputs import check_aspect
 from ..core.unet.layers import HELP, context_width, is_sdxl
 
 CATEGORY = "Scalpel"
 PartTokenType = io.Custom("PART_TOKEN")
 PromptControlType = io.Custom("PROMPT_CONTROL")
 TrajectoryType = io.Custom("TRAJECTORY")
+RunLogType = io.Custom("RUN_LOG")
 
 _KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
 
@@ -83,10 +85,13 @@ def check_conditioning(name: str, conditioning: Any, model: Any) -> None:
             )
 
 
-def checked_mask(mask: torch.Tensor, batch: int, size: tuple[int, int], name: str = "mask") -> torch.Tensor:
+def checked_mask(
+    mask: torch.Tensor, batch: int | None, size: tuple[int, int] | None, name: str = "mask"
+) -> torch.Tensor:
     """A MASK as [1 or batch, H, W] in 0…1. ValueError if it is empty, of another shape than the image, or NaN.
 
-    size: (height, width) of the image in pixels. Masks of the same aspect ratio are accepted at any resolution.
+    size: (height, width) of the image in pixels. Masks of the same aspect ratio are accepted at any resolution. What
+    is not yet known of the image (None) is not checked.
     """
     if mask.ndim == 2:
         mask = mask[None]
@@ -96,16 +101,12 @@ def checked_mask(mask: torch.Tensor, batch: int, size: tuple[int, int], name: st
         raise ValueError(
             f"{name}: its shape is {list(mask.shape)}; a mask is [height, width] or [batch, height, width]"
         )
-    if mask.shape[0] not in (1, batch):
+    if batch is not None and mask.shape[0] not in (1, batch):
         raise ValueError(f"{name}: {mask.shape[0]} masks for {batch} images; give 1 or {batch}")
     if not torch.isfinite(mask).all():
         raise ValueError(f"{name}: it holds NaN or infinite values; a mask's values are 0 to 1")
-    h, w = mask.shape[-2:]
-    if abs(h * size[1] - w * size[0]) > 8 * max(h, w):
-        raise ValueError(
-            f"{name}: it is {w} × {h} where the image is {size[1]} × {size[0]}; give a mask of the image's shape "
-            "(any resolution of the same aspect ratio)"
-        )
+    if size is not None:
+        check_aspect(mask, size, name)
     if mask.max() <= 0:
         raise ValueError(f"{name}: it is empty (all 0), so nothing could change; paint the part to edit in white")
     return mask.float().clamp(0, 1)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from scalpel.core.prompt_to_prompt import PromptControl
+from scalpel.core.unet.attention import attention
 from scalpel.core.unet.layers import layer_table
-from scalpel.core.unet.prompt_control import PromptControlRun, attention
+from scalpel.core.unet.prompt_control import PromptControlRun
 from scalpel.core.unet.rows import PairedRows
 from scalpel.tests import tiny
 

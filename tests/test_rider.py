@@ -325,7 +325,7 @@ def test_a_replaced_attention_of_another_pack_counts_its_rows(model):
         chunks = len(options["cond_or_uncond"])
         assert len(q) % chunks == 0
         sizes.append(len(q) // chunks)
-        from scalpel.core.unet.prompt_control import attention
+        from scalpel.core.unet.attention import attention
 
         return 0.9 * attention(q, k, v, options)
 

@@ -18,7 +18,7 @@ from ..part_token import PartToken
 from ..prompt_to_prompt import PromptControl
 from ..threshold import partedit_mask
 from .capture import PartCapture, map_size, spatial_size
-from .evaluation import Area, ConditionKey, Evaluation
+from .evaluation import Area, ConditionKey, Evaluation, region
 from .layers import LayerTable, address_of, is_sdxl, layer_table
 from .prompt_control import PromptControlRun
 from .rows import PairedRows
@@ -167,7 +167,7 @@ class BlendRun:
             return recorded[0][1].mean(self.map_size).sum(1)
         total, cover = torch.zeros(()), torch.zeros(self.map_size)
         for area, maps in recorded:
-            rows, columns = _region(area, self.latent_size, self.map_size)
+            rows, columns = region(area, self.latent_size, self.map_size)
             size = (rows.stop - rows.start, columns.stop - columns.start)
             part = maps.mean(size).sum(1)
             margin = (columns.start, self.map_size[1] - columns.stop, rows.start, self.map_size[0] - rows.stop)
@@ -243,19 +243,9 @@ class BlendRun:
             assert self._blend_mask is not None
             mask = self._blend_mask
             if area is not None:
-                rows, columns = _region(area, self.latent_size, self.map_size)
+                rows, columns = region(area, self.latent_size, self.map_size)
                 mask = mask[:, rows, columns]
             mask = F.interpolate(mask[:, None], (h, w), mode="bilinear", align_corners=False)
             weight = mask.flatten(1)[..., None].to(like.dtype)
             self._weights[key] = weight[self.spec.rows.source_of] if self.spec.rows.sources > 1 else weight
         return self._weights[key]
-
-
-def _region(area: Area, latent: tuple[int, int], size: tuple[int, int]) -> tuple[slice, slice]:
-    """Rows and columns of a map of `size` over the latent that lie in `area`."""
-    height, width, top, left = area or (*latent, 0, 0)
-    down, across = size[0] / latent[0], size[1] / latent[1]
-    return (
-        slice(round(top * down), round((top + height) * down)),
-        slice(round(left * across), round((left + width) * across)),
-    )

@@ -92,3 +92,13 @@ def _latent_area(area: Any, x: torch.Tensor) -> Area:
     height, width, top, left = (int(v) for v in area)
     height, width = min(height, x.shape[-2] - top), min(width, x.shape[-1] - left)
     return None if (height, width) == tuple(x.shape[-2:]) else (height, width, top, left)
+
+
+def region(area: Area, latent: tuple[int, int], size: tuple[int, int]) -> tuple[slice, slice]:
+    """Rows and columns of a map of `size` over the latent that lie in `area`."""
+    height, width, top, left = area or (*latent, 0, 0)
+    down, across = size[0] / latent[0], size[1] / latent[1]
+    return (
+        slice(round(top * down), round((top + height) * down)),
+        slice(round(left * across), round((left + width) * across)),
+    )

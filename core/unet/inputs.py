@@ -26,3 +26,13 @@ def checked_latent(model: Any, latent: dict[str, Any], name: str = "latent_image
             f"{name}: its shape is {list(samples.shape)}; this model takes [batch, {channels}, height, width]"
         )
     return samples
+
+
+def check_aspect(mask: torch.Tensor, size: tuple[int, int], name: str) -> None:
+    """ValueError unless a mask [n, H, W] has the aspect ratio of an image of (height, width) pixels."""
+    h, w = mask.shape[-2:]
+    if abs(h * size[1] - w * size[0]) > 8 * max(h, w):
+        raise ValueError(
+            f"{name}: it is {w} × {h} where the image is {size[1]} × {size[0]}; give a mask of the image's shape "
+            "(any resolution of the same aspect ratio)"
+        )

@@ -6,17 +6,14 @@ keys with their own values; cross-attention by adding a second attention (see `c
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
 from typing import Any
 
-import comfy.ldm.modules.attention
 import torch
 import torch.nn.functional as F
 
 from ..heatmap import HeatmapSum, part_attention
 from ..prompt_to_prompt import PromptControl
+from .attention import Replacement, attention, replace_attention
 from .capture import spatial_size
 from .evaluation import Evaluation
 from .layers import LayerTable, address_of
@@ -26,8 +23,6 @@ LOCAL_BLEND_LAYERS = "level:16"
 LOCAL_BLEND_FROM = 0.2
 LOCAL_BLEND_THRESHOLD = 0.3
 """As in the authors' code: from a fifth of the steps on, where a word's map exceeds 0.3 of its maximum."""
-
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], torch.Tensor]
 
 
 class PromptControlRun:
@@ -52,27 +47,12 @@ class PromptControlRun:
         options = model_options.setdefault("transformer_options", {})
         patches = options.setdefault("patches", {})
         patches["attn1_patch"] = [*patches.get("attn1_patch", []), self._take_self_attention]
-        self._install_replacement(options)
+        replace_attention(options, "attn2", self.table, self._take_cross_attention)  # around an IPAdapter's
         if self._word_layers:
             patches["attn2_patch"] = [*patches.get("attn2_patch", []), self._record_words]
             name = "sampler_post_cfg_function"
             model_options[name] = [*model_options.get(name, []), self._blend_locally]
         self.evaluation.listeners.append(self._begin)
-
-    def _install_replacement(self, options: dict[str, Any]) -> None:
-        """One attn2 replacement per layer, around whatever replaces the attention there already (IPAdapter)."""
-        replacements = dict(options.get("patches_replace", {}))
-        existing = replacements.get("attn2", {})
-        replacements["attn2"] = {
-            **existing,
-            **{
-                address: functools.partial(
-                    self._take_cross_attention, existing.get(address) or existing.get(address[:2]) or attention
-                )
-                for address in self.table.layers
-            },
-        }
-        options["patches_replace"] = replacements
 
     def _begin(self, x: torch.Tensor) -> None:
         now = self.evaluation
@@ -104,9 +84,10 @@ class PromptControlRun:
         return queries, keys, value
 
     def _take_cross_attention(
-        self, inner: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
+        self, existing: Replacement | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
     ) -> torch.Tensor:
-        """attn2 replacement: `inner` with the edit's own share of its values, plus what it takes from the source."""
+        """attn2 replacement: attention with the edit's own share of its values, plus what it takes from the source."""
+        inner = existing or attention
         if self._taken is None:
             return inner(q, k, v, options)
         taken, edits = self._taken.to(v), self.rows.edits
@@ -172,17 +153,3 @@ class PromptControlRun:
         wide = F.max_pool2d(maps.mean(self._word_size), 3, 1, 1)
         found = F.interpolate(wide, latent[-2:], mode="bilinear", align_corners=False)
         return (found > LOCAL_BLEND_THRESHOLD * found.amax((-2, -1), keepdim=True)).float()
-
-
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-    """The attention that the user has chosen for ComfyUI. q: [rows, pixels, heads·d]; k, v: [rows, tokens, heads·d]."""
-    function = comfy.ldm.modules.attention.optimized_attention
-    more = {"transformer_options": options} if _takes_options(function) else {}
-    return function(q, k, v, options["n_heads"], attn_precision=options.get("attn_precision"), **more)
-
-
-@functools.cache
-def _takes_options(function: Callable[..., Any]) -> bool:
-    """ComfyUI 0.3.52 knows no `transformer_options` here."""
-    parameters = inspect.signature(function).parameters.values()
-    return any(p.name == "transformer_options" or p.kind is p.VAR_KEYWORD for p in parameters)

@@ -68,7 +68,7 @@ class Rider:
         for uuid, place, chunk in zip(
             options["uuids"], options["cond_or_uncond"], rows.unflatten(0, (chunks, -1)), strict=True
         ):
-            if self._is_source(uuid):
+            if self.is_source(uuid):
                 source = chunk
             else:
                 others.append((place, chunk))
@@ -81,7 +81,8 @@ class Rider:
         own = self.conditioning[0][1]
         return {key: value for key, value in prepared.items() if key not in NOT_OF_THE_RECORD or key in own}
 
-    def _is_source(self, uuid: Any) -> bool:
+    def is_source(self, uuid: Any) -> bool:
+        """Whether a conditioning entry is the source's."""
         return self._entry is not None and uuid == self._entry["uuid"]
 
     def _evaluate(
@@ -112,7 +113,7 @@ class Rider:
     def _show(self, executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """APPLY_MODEL: the source's rows get the recorded latent in the place of the sampler's."""
         options = kwargs.get("transformer_options") or args[4]
-        if self.riding and any(map(self._is_source, options["uuids"])):
+        if self.riding and any(map(self.is_source, options["uuids"])):
             x = x.clone()
             source, _ = self.split(x, options)
             assert source is not None
