@@ -43,6 +43,7 @@ class Shown:
 
 
 EDIT = ("source", "mask", "edited")
+CHANGED = ("photo", "edited")
 SHOWN = {
     "edit_one_part": Shown("Edit one part", EDIT, "edited", "source", for_sdxl="Edit one part (SDXL)"),
     "find_a_part": Shown(
@@ -58,6 +59,11 @@ SHOWN = {
     "edit_a_photo": Shown("Edit a photo's part", EDIT, "edited", "source"),
     "compare_inversions": Shown("Compare four inversions", ("comparison",), "comparison"),
     "four_edits": Shown("One photo, four edits at once", ("source", "edited"), "edited 2", "source", each=4),
+    "replace_object": Shown("Replace an object", CHANGED, "edited", "photo"),
+    "keep_object": Shown("Keep an object", CHANGED, "edited", "photo"),
+    "change_background": Shown("Change the background", CHANGED, "edited", "photo"),
+    "remove_object": Shown("Remove an object", CHANGED, "edited", "photo"),
+    "region_prompts": Shown("Several prompts, several regions", ("one prompt", "regions"), "regions", "one prompt"),
 }  # fmt: skip
 
 

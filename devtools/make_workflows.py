@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import photo_workflows, token_workflows
+from . import cpam_workflows, photo_workflows, token_workflows
 from .server import CHECKOUT, ComfyServer
 from .workflow_files import Json, Node, Workflow
 
@@ -139,6 +139,7 @@ def files(info: Json) -> dict[Path, Json]:
         ("Edit a photo's part", "edit_a_photo", photo_workflows.edit_a_photo(info)),
         ("Compare four inversions", "compare_inversions", photo_workflows.compare_inversions(info)),
         ("One photo, four edits at once", "four_edits", photo_workflows.four_edits(info)),
+        *((name, api_name, flow) for api_name, (name, flow) in cpam_workflows.workflows(info).items()),
         ("Edit one part (SDXL)", "edit_one_part_sdxl", edit_one_part(SDXL, info)),
         ("Find a part (SDXL)", "find_a_part_sdxl", find_a_part(SDXL, info)),
     ):

@@ -83,8 +83,8 @@ class CPAMSelfAttnPatch(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "background_keys", options=["source", "target"], default="source",
-                    tooltip="Which part of the old picture counts as background: all outside the source_mask (the "
-                    "paper's), or only what lies outside the widened mask too, which leaves shadows and fringes out.",
+                    tooltip="What of the old picture counts as background: all outside the source_mask (the paper's), "
+                    "or only what lies outside the region that may change too, which leaves fringes and shadows out.",
                 ),
                 io.Float.Input(
                     "plain_fraction", default=0.0, min=0.0, max=1.0, step=0.01,
@@ -128,6 +128,9 @@ class CPAMSelfAttnPatch(io.ComfyNode):
         else:
             target = source if task == BACKGROUND else masks.dilated(source, dilation)
         target = masks.softened(target, softness) if softness else target
+        if background_keys == "target":
+            wide = torch.nn.functional.interpolate(target[:, None], source.shape[-2:], mode="nearest")[:, 0]
+            source = torch.maximum(*torch.broadcast_tensors(source, masks.binary(wide)))
         if bool((target > 0.5).flatten(1).all(1).any()) or not bool((target > 0.5).flatten(1).any(1).all()):
             raise ValueError(
                 f"{'dilation' if target_mask is None else 'target_mask'}: the region that may change is "
@@ -139,8 +142,8 @@ class CPAMSelfAttnPatch(io.ComfyNode):
         )
         run_log = RunLog("CPAM Self-Attention")
         spec = cpam.SelfAttentionSpec(
-            trajectory, source, target, task == REMOVE, keep if task == KEEP else None, background_keys == "target",
-            plain_fraction, seed, run_log,
+            trajectory, source, target, task == REMOVE, keep if task == KEEP else None, plain_fraction, seed,
+            run_log,
         )  # fmt: skip
         return io.NodeOutput(cpam.patched(model, self_attention=spec), run_log)
 

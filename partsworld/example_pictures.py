@@ -1,8 +1,8 @@
-"""Writes the pictures that come with the pack: those for the template "Train a part token", and a "photo" to edit::
+"""Writes the pictures that come with the pack: those for the template "Train a part token", and "photos" to edit::
 
     python dev.py python -m scalpel.partsworld.example_pictures
 
-Rendered scenes and the exact masks of one part, as a user would have painted them.
+Rendered scenes and the exact masks of one part or of the object, as a user would have painted them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from . import tokens
+from .render import render
 from .scene import Scene, sample_scene
 
 log = logging.getLogger(__name__)
@@ -23,20 +24,25 @@ KIND, PART, COUNT = "figure", "head", 10
 PHOTO = 6_000_124
 """A scene that nothing was trained on: a red figure on a green field, with yellow hair and orange legs."""
 
+DOG = 6_000_132
+"""Another: a yellow dog with a blue head and purple legs."""
+
 
 def main() -> None:
     """Write them anew."""
-    write(f"partsworld_{KIND}_{PART}", tokens.scenes(KIND, COUNT))
-    write("partsworld_photo", [sample_scene(PHOTO, KIND, background="field", colour="red", mixed=True)])
+    write(f"partsworld_{KIND}_{PART}", tokens.scenes(KIND, COUNT), PART)
+    write("partsworld_photo", [sample_scene(PHOTO, KIND, background="field", colour="red", mixed=True)], PART)
+    write("partsworld_dog", [sample_scene(DOG, "dog", background="beach", mixed=True)])
 
 
-def write(name: str, scenes: list[Scene]) -> None:
-    """Write pictures and masks of these scenes to a folder of this name."""
+def write(name: str, scenes: list[Scene], part: str | None = None) -> None:
+    """Write pictures of these scenes, all of one kind, and masks of a part or of the whole object to a folder."""
     folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
-    images, masks = tokens.pictures(scenes, PART)
-    for number, (image, mask) in enumerate(zip(images.numpy(), masks.numpy(), strict=True), 1):
-        for file, values in ((f"{KIND}_{number:02}", image), (f"{KIND}_{number:02}_mask", mask)):
+    kind = scenes[0].things[0].kind
+    for number, drawn in enumerate(map(render, scenes), 1):
+        mask = drawn.masks[0][part] if part else drawn.object_mask()
+        for file, values in ((f"{kind}_{number:02}", drawn.image), (f"{kind}_{number:02}_mask", mask)):
             picture = Image.fromarray(np.round(values * 255).astype(np.uint8))
             picture.save(folder / f"{file}.png", optimize=True)
     log.info("%d pairs in %s", len(scenes), folder)

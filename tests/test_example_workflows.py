@@ -27,6 +27,11 @@ API_FILE = {
     "Edit a photo's part": "edit_a_photo",
     "Compare four inversions": "compare_inversions",
     "One photo, four edits at once": "four_edits",
+    "Replace an object": "replace_object",
+    "Keep an object": "keep_object",
+    "Change the background": "change_background",
+    "Remove an object": "remove_object",
+    "Several prompts, several regions": "region_prompts",
     "Edit one part (SDXL)": "edit_one_part_sdxl",
     "Find a part (SDXL)": "find_a_part_sdxl",
 }

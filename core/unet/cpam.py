@@ -32,8 +32,8 @@ KEY = "scalpel.cpam"
 class SelfAttentionSpec:
     """source_mask: where the source's keys are not background, binary; target_mask: where the edit attends to itself,
     0…1; each [1 or images, H, W]. remove: it attends to the source's background everywhere. keep_from: (step, layer),
-    from which on the edit attends, inside target_mask, to the source's keys there; None: never. target_keys: background
-    keys are those outside target_mask. plain_fraction: share of the layers, drawn anew each step, that stay ordinary.
+    from which on the edit attends, inside target_mask, to the source's keys there; None: never. plain_fraction: share
+    of the layers, drawn anew each step, that stay ordinary.
     """
 
     trajectory: Trajectory
@@ -41,7 +41,6 @@ class SelfAttentionSpec:
     target_mask: torch.Tensor
     remove: bool
     keep_from: tuple[int, int] | None
-    target_keys: bool
     plain_fraction: float
     seed: int
     log: RunLog = field(compare=False)
@@ -232,15 +231,16 @@ class _SelfAttention:
             given = None if inner is None else out[numbers]
             ordinary = self._ordinary(k[numbers], v[numbers], given, options)
             source = self._references[address]
-            whole = target.at(own, None, source.size, q.device)
-            background = whole[1] if self.spec.target_keys else self.source.at(kept, None, source.size, q.device)[1]
+            background = self.source.at(kept, None, source.size, q.device)[1]
             from_background = source.attend(images, background.most, options)
             if self.spec.remove:
                 out[numbers] = from_background(q[numbers], None)
                 continue
             inside, outside = target.at(own, area, size, q.device)
-            from_inside = source.attend(images, whole[0].most, options) if keep else ordinary
-            out[numbers] = divided(q[numbers], (inside, from_inside), (outside, from_background))
+            if keep:
+                object_there = target.at(own, None, source.size, q.device)[0]
+                ordinary = source.attend(images, object_there.most, options)
+            out[numbers] = divided(q[numbers], (inside, ordinary), (outside, from_background))
         return out
 
     @staticmethod
