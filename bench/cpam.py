@@ -66,9 +66,8 @@ LABELS = {
     CEILING: "VAE round trip alone",
     "cpam": "CPAM",
     "cpam-self": "CPAM, self-attention only",
-    "cpam-xt": "CPAM, from the inverted noise",
+    "cpam-blend": "CPAM with latent blending",
     "masactrl": "mutual self-attention",
-    "masactrl-xt": "mutual self-attention, from the inverted noise",
     "sdedit-0.6": "SDEdit, 0.6",
     "sdedit-0.8": "SDEdit, 0.8",
     "blending": "latent blending",
@@ -77,11 +76,11 @@ LABELS_OF_REMOVE = {
     CEILING: "VAE round trip of the empty scene",
     "cpam": "CPAM, prompt of the empty scene",
     "cpam-self": "CPAM, empty prompt",
+    "cpam-blend": "CPAM with latent blending, empty prompt",
 }
 METHODS = {
-    task: [name for name in LABELS if name != CEILING and (task == "keep" or not name.endswith("-xt"))]
-    for task in TASKS
-}  # fmt: skip
+    task: [name for name in LABELS if name != CEILING and not (task == "keep" and "blend" in name)] for task in TASKS
+}
 SELF_OPTIONS = {
     "dilation": ("replace", "keep", "remove"),
     "background_keys": tuple(TASKS),
@@ -96,9 +95,8 @@ MUTUAL_OPTIONS = {"mutual_step": tuple(TASKS), "mutual_layer": tuple(TASKS)}
 OPTIONS_OF = {
     "cpam": SELF_OPTIONS | CROSS_OPTIONS,
     "cpam-self": SELF_OPTIONS,
-    "cpam-xt": SELF_OPTIONS | CROSS_OPTIONS,
+    "cpam-blend": SELF_OPTIONS | CROSS_OPTIONS,
     "masactrl": MUTUAL_OPTIONS,
-    "masactrl-xt": MUTUAL_OPTIONS,
     "blending": {"dilation": SELF_OPTIONS["dilation"]},
 }
 AROUND = 0.1
@@ -161,6 +159,8 @@ def wish_of(task: str, scene: Scene, number: int) -> Wish:
         turn = number % 3
         kind = kind if turn == 1 else another(list(PARTS), kind)
         colour = colour if turn == 2 else another(list(COLOURS), colour)
+    if task == "keep":
+        return Wish(f"a {kind} {BACKGROUNDS[background]}", kind, colour, background)
     article = "an" if colour[0] in "aeiou" else "a"
     return Wish(f"{article} {colour} {kind} {BACKGROUNDS[background]}", kind, colour, background)
 
@@ -314,6 +314,10 @@ class Job:
         """Of the object, as a MASK."""
         return torch.from_numpy(self.object).float()[None]
 
+    def either(self, dilation: float) -> torch.Tensor:
+        """Where the object is or its mirror image, widened, as a MASK."""
+        return arithmetic.dilated(torch.maximum(self.mask, self.mask.flip(-1)), dilation)
+
 
 class Bench:
     """The demo model and the judge. Everything runs under `torch.inference_mode()`, as in the server."""
@@ -357,22 +361,23 @@ class Bench:
                 else job.round_trip  # fmt: skip
         if method.startswith("sdedit"):
             return self._image_to_image(job, float(method.partition("-")[2]))
-        start: dict[str, Any] | None = job.noise
-        if job.task == "keep" and not method.endswith("-xt"):
-            start = {"samples": torch.zeros_like(job.latent)}
-        fresh = start is not job.noise
-        if method == "blending":
+        start, fresh = job.noise, False
+        if job.task == "keep":
+            where = F.interpolate(job.either(own.dilation)[None], job.latent.shape[-2:])
+            start = {"samples": torch.where(where > 0, start["samples"].flip(-1), start["samples"])}
+        if "blend" in method:
             region = 1 - job.mask if job.task == "background" else arithmetic.dilated(job.mask, own.dilation)
             start, fresh = {"samples": job.latent, "noise_mask": region}, True
-        elif method.startswith("masactrl"):
+        if method.startswith("masactrl"):
             model = model.clone()
             model.add_wrapper_with_key(
                 WrappersMP.OUTER_SAMPLE, KEY, Mutual(job.trajectory, own.mutual_step, own.mutual_layer)
             )
-        else:
-            if job.task == "remove" and method == "cpam-self":
+        elif method.startswith("cpam"):
+            localised = method != "cpam-self" and not (job.task == "remove" and method == "cpam-blend")
+            if job.task == "remove" and not localised:
                 prompt, cfg = "", 1.0
-            model = self._cpam(job, prompt, cross=method != "cpam-self")
+            model = self._cpam(job, prompt, cross=localised)
         done = SamplerCustom.execute(
             model, fresh, job.number, cfg, encode(self.clip, [prompt]), self.nothing, self.sampler, job.sigmas, start
         )
@@ -383,9 +388,11 @@ class Bench:
         model, _ = nodes.CPAMSelfAttnPatch.execute(
             self.unet.model, job.trajectory, job.mask, TASKS[job.task], own.start_step, own.start_layer, own.dilation,
             own.softness, own.background_keys, own.plain_fraction, job.number,
+            job.either(own.dilation) if job.task == "keep" else None,
         ).args  # fmt: skip
         if cross:
-            where = 1 - job.mask if job.task == "background" else arithmetic.dilated(job.mask, own.dilation)
+            where = arithmetic.dilated(job.mask, own.dilation)
+            where = {"background": 1 - job.mask, "keep": job.either(own.dilation)}.get(job.task, where)
             refine = job.task != "background" if own.refine is None else own.refine
             model, _ = nodes.CPAMCrossAttnPatch.execute(
                 model, self.nothing, where, refine, 1, own.refine_threshold, self.clip, prompt
@@ -420,7 +427,7 @@ class Bench:
                 "right": all(asked.values()),
                 "own_colours": _mean(same[part] for part in own_colours(thing)),
                 "colours": _mean(same.values()),
-                "pose": overlap(new, old),
+                "pose": overlap(new, old[:, ::-1]),
             }
         elif job.task == "background":
             where = core(job.object)
@@ -456,14 +463,15 @@ KEPT_HEAD = ("PSNR, against the round trip", "worst tenth", "against the picture
              "UNet rows: inversion", "edit")  # fmt: skip
 HEADS = {
     "replace": ("kind and colour as asked", "kind", "colour"),
-    "keep": ("kind and colour as asked", "own colours of parts kept", "all parts", "IoU with the old pose"),
+    "keep": ("kind and colour as asked", "own colours of parts kept", "all parts", "IoU with the mirrored object"),
     "background": ("new background as asked", "kind and colour of the object kept"),
     "remove": ("gone", "object's pixels against the empty scene", f"at least {REMOVED:.0f} dB"),
 }
 SAID = {
     "replace": "Replace the object: another kind, another colour, or both. The columns from PSNR on: background.",
-    "keep": "Keep the object, new pose: parts of other colours, which the prompt does not name. The columns from PSNR "
-    "on: what is background in both pictures.",
+    "keep": "Keep the object, seen from the other side: the inverted noise is mirrored where the object is or shall "
+    "be. The prompt names the kind of object and the background, and no colour. SDEdit cannot turn anything. The "
+    "columns from PSNR on: what is background in both pictures.",
     "background": "Change the background. The columns from PSNR on: the object, without a rim of 4 pixels (of thin "
     "parts, the inner half).",
     "remove": "Remove the object. The columns from PSNR on: background.",
@@ -478,7 +486,7 @@ times 1000. What is not measured is pasted from the round trip first, as feature
 - SDEdit: img2img with that denoise. Latent blending: ComfyUI's noise mask at full denoise, with CPAM's mask. Mutual \
 self-attention: MasaCtrl's, from step {mutual_step} and layer {mutual_layer} of 7 on, counted from 0 (its authors' 4 \
 of 50 and 10 of 16), unless said. All with the prompt of the edit and cfg {cfg:g}; CPAM with an empty prompt without.
-- `keep`: all begin with fresh noise, but for SDEdit and what is said to be from the inverted noise."""
+- CPAM and mutual self-attention begin with the inverted noise; latent blending, also with CPAM, with fresh noise."""
 
 
 def _share(scenes: Sequence[dict[str, Any]], name: str) -> str:
@@ -509,6 +517,12 @@ def row(record: dict[str, Any]) -> list[str]:
         _decibels(kept["round_trip"]), _decibels(kept["round_trip"], worst=True), _decibels(kept["picture"]),
         f"{_mean(kept['ssim']):.3f}", f"{1000 * _mean(kept['distance']):.1f}", f"{inverted:.0f}", f"{edit:.0f}",
     ]  # fmt: skip
+
+
+def _counting(cells: list[str], record: dict[str, Any], counted: int) -> list[str]:
+    """A line of the table; its label says so if it has fewer scenes than there are."""
+    fewer = len(record["scenes"]) < counted
+    return [f"{cells[0]}, {len(record['scenes'])} scenes" if fewer else cells[0], *cells[1:]]
 
 
 def beside(records: Sequence[dict[str, Any]]) -> str:
@@ -553,7 +567,9 @@ def report(numbers: dict[str, Any]) -> str:
         records.sort(key=lambda r: names.index(r["method"]))
         if records:
             counted = len({s["number"] for r in records for s in r["scenes"]})
-            table = _report.table(("method", *HEADS[task], *KEPT_HEAD), list(map(row, records)))
+            table = _report.table(
+                ("method", *HEADS[task], *KEPT_HEAD), [_counting(row(r), r, counted) for r in records]
+            )
             texts.append(f"### CPAM: {task}, {counted} scenes\n\n{SAID[task]}\n\n{table}\n\n{beside(records)}".strip())
     if texts:
         texts.append(NOTES.format(**numbers["settings"]))

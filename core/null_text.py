@@ -74,8 +74,7 @@ def null_text_inversion(
                     "model: its attention has no backward pass (sage attention has none); start ComfyUI with another "
                     "(--use-pytorch-cross-attention)"
                 )
-            optimiser.zero_grad()
-            _backward(errors.sum(), embedding, 2.0 ** missed[0].numel().bit_length())
+            embedding.grad = scaled_gradient(errors.sum(), embedding, 2.0 ** missed[0].numel().bit_length())
             before = embedding.detach().clone()
             optimiser.step()
             with torch.no_grad():
@@ -94,15 +93,12 @@ def null_text_inversion(
     return NullText(torch.stack(latents), torch.stack(found), losses, inner)
 
 
-def _backward(error: torch.Tensor, embedding: torch.Tensor, scale: float) -> None:
+def scaled_gradient(error: torch.Tensor, leaf: torch.Tensor, scale: float) -> torch.Tensor:
     """The gradient of an error, brought through a half-precision model `scale` times as large, or less if that is too
-    large: of a mean over a latent it would round to 0 there.
+    large: small ones would round to 0 there.
     """
     while True:
-        embedding.grad = None
-        (error * scale).backward(retain_graph=True)
-        assert embedding.grad is not None
-        if scale <= 1 or torch.isfinite(embedding.grad).all():
-            embedding.grad /= scale
-            return
+        (gradient,) = torch.autograd.grad(error * scale, leaf, retain_graph=True)
+        if scale <= 1 or torch.isfinite(gradient).all():
+            return gradient / scale
         scale /= 16

@@ -31,9 +31,7 @@ log = logging.getLogger(__name__)
 PATCH_CATEGORY = f"{CATEGORY}/patch"
 REPLACE, KEEP, BACKGROUND, REMOVE = TASKS = ("replace object", "keep object", "change background", "remove object")
 KEEP_FROM_STEP = 3
-KEEP_FROM_LAYER = {"SDXL": 54, "SD1.x": 7}
-"""From which step and layer on "keep object" keeps, both counted from 0; the authors' 16 and 70 layers."""
-SD1_LAYERS = 16
+"""From which step on "keep object" keeps, counted from 0."""
 
 
 def _log_output() -> Any:
@@ -84,7 +82,8 @@ class CPAMSelfAttnPatch(io.ComfyNode):
                 io.Combo.Input(
                     "background_keys", options=["source", "target"], default="source",
                     tooltip="What of the old picture counts as background: all outside the source_mask (the paper's), "
-                    "or only what lies outside the region that may change too, which leaves fringes and shadows out.",
+                    "or only what is wholly outside the region that may change, which leaves fringes and shadows out. "
+                    "remove object always does the latter.",
                 ),
                 io.Float.Input(
                     "plain_fraction", default=0.0, min=0.0, max=1.0, step=0.01,
@@ -119,16 +118,17 @@ class CPAMSelfAttnPatch(io.ComfyNode):
             raise ValueError("model: it has a CPAM Self-Attention already, and a second has no meaning; leave one out")
         size = (8 * trajectory.size[0], 8 * trajectory.size[1])
         source = masks.binary(checked_mask(source_mask, trajectory.images, size, "source_mask"))
+        _check_layers(source, trajectory.size, table, "source_mask")
         if task == BACKGROUND:
             source = 1 - source
-        _check_layers(source, trajectory.size, table, "source_mask")
         if target_mask is not None:
             target = checked_mask(target_mask, trajectory.images, size, "target_mask")
             target = target if softness else masks.binary(target)
         else:
             target = source if task == BACKGROUND else masks.dilated(source, dilation)
         target = masks.softened(target, softness) if softness else target
-        if background_keys == "target":
+        clear_of_target = background_keys == "target" or task == REMOVE
+        if clear_of_target:
             wide = torch.nn.functional.interpolate(target[:, None], source.shape[-2:], mode="nearest")[:, 0]
             source = torch.maximum(*torch.broadcast_tensors(source, masks.binary(wide)))
         if bool((target > 0.5).flatten(1).all(1).any()) or not bool((target > 0.5).flatten(1).any(1).all()):
@@ -142,7 +142,7 @@ class CPAMSelfAttnPatch(io.ComfyNode):
         )
         run_log = RunLog("CPAM Self-Attention")
         spec = cpam.SelfAttentionSpec(
-            trajectory, source, target, task == REMOVE, keep if task == KEEP else None, plain_fraction, seed,
+            trajectory, source, clear_of_target, target, task == REMOVE, keep if task == KEEP else None, plain_fraction, seed,
             run_log,
         )  # fmt: skip
         return io.NodeOutput(cpam.patched(model, self_attention=spec), run_log)
@@ -150,9 +150,8 @@ class CPAMSelfAttnPatch(io.ComfyNode):
 
 def _first_layer(model: Any, layers: int) -> int:
     """The authors' first layer that keeps, at the same depth of a model with another number of layers."""
-    if is_sdxl(model):
-        return KEEP_FROM_LAYER["SDXL"]
-    return round(KEEP_FROM_LAYER["SD1.x"] * layers / SD1_LAYERS)
+    first, of = (54, 70) if is_sdxl(model) else (7, 16)
+    return round(first * layers / of)
 
 
 def _check_layers(mask: torch.Tensor, latent: tuple[int, int], table: Any, name: str) -> None:

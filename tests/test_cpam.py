@@ -345,7 +345,7 @@ def test_sdxl_is_the_run_with_dense_masked_attention():
 
 
 def test_two_pictures_have_a_mask_each(model):
-    record = inverted(model, batch=2)
+    record = inverted(model, batch=2, steps=2)
     both = torch.cat([MASK, rectangle(0, 64, 0, 64)])
     patched, log = own(model, record, source_mask=both)
     made = sampled(patched, record)
@@ -354,11 +354,11 @@ def test_two_pictures_have_a_mask_each(model):
     same = sampled(own(model, record, source_mask=MASK)[0], record)
     assert tiny.relative(made[0], same[0]) < 1e-5
     assert tiny.relative(made[1], same[1]) > 1e-2
-    assert log.masks.shape == (2, 3, H, W)
+    assert log.masks.shape == (2, 2, H, W)
 
 
 def test_two_edits_of_each_of_two_pictures_have_their_picture_s_mask(model):
-    record = inverted(model, batch=2)
+    record = inverted(model, batch=2, steps=2)
     both = torch.cat([MASK, rectangle(0, 64, 0, 64)])
     patched, _ = own(model, record, source_mask=both)
     made = sampled(patched, record, edits=2, positive=batch(2, 2, 4, 4))
@@ -429,8 +429,8 @@ def test_plain_layers_are_drawn_anew_each_step_about_as_many_as_asked(model, tra
 
 
 def test_the_source_is_read_at_the_levels_of_another_schedule(model):
-    fine = inverted(model, steps=16, scheduler="karras")
-    coarse = torch.cat([fine.sigmas[:1], tiny.sigmas(model, 4)[1:]])
+    fine = inverted(model, steps=6, scheduler="karras")
+    coarse = torch.cat([fine.sigmas[:1], tiny.sigmas(model, 3)[1:]])
     made = sampled(own(model, fine)[0], fine, sigmas=coarse)
     assert torch.isfinite(made).all()
     assert tiny.relative(made, sampled(model, fine, sigmas=coarse)) > 1e-2
@@ -564,13 +564,12 @@ def test_each_edit_has_a_refined_mask_of_its_own(model, trajectory):
     assert not torch.equal(both[0], both[1])
     for place, seed in enumerate((2, 4)):
         alone = sampled(patched, trajectory, positive=tiny.prompt(KIND, seed))
-        assert (log.masks[0] != both[place]).float().mean() < 0.005
-        if torch.equal(log.masks[0], both[place]):
-            assert tiny.relative(made[place : place + 1], alone) < 1e-4
+        assert torch.equal(log.masks[0], both[place])
+        assert tiny.relative(made[place : place + 1], alone) < 1e-4
 
 
 def test_two_edits_of_each_of_two_pictures_have_refined_masks(model):
-    record = inverted(model, batch=2)
+    record = inverted(model, batch=2, steps=2)
     both = torch.cat([MASK, rectangle(0, 64, 0, 64)])
     for late in (1, 2):
         patched, log = cross(
@@ -578,7 +577,7 @@ def test_two_edits_of_each_of_two_pictures_have_refined_masks(model):
         )
         made = sampled(patched, record, edits=2, positive=batch(2, 2, 4, 4))
         assert torch.isfinite(made).all()
-        assert log.masks.shape == (4, 3, H, W)
+        assert log.masks.shape == (4, 2, H, W)
     given = F.interpolate(both[None], (H, W), mode="nearest")[0]
     assert torch.equal(log.masks[:, 0], torch.cat([given, given]))  # the second mask is the second picture's
 

@@ -368,7 +368,7 @@ def test_an_area_has_its_part_of_the_mask(model, trajectory):
 
 
 def test_null_and_regions_have_their_part_of_an_area_too(model, trajectory):
-    """Both entries say the same, so that the area is only another way to compute it, but for the edges that it sees."""
+    """Of a region that covers everything: in every entry it is the region's prompt that speaks."""
     area = tiny.with_options(tiny.prompt(KIND, 4), area=(H, W // 2, 0, W // 2))
     prompts = [*tiny.prompt(KIND, 2), *area]
     patched, _ = cross(model)

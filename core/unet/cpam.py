@@ -23,6 +23,7 @@ from .capture import spatial_size
 from .evaluation import Area, ConditionKey, Evaluation
 from .layer_masks import LayerMask
 from .layers import Address, LayerTable, address_of, layer_table
+from .replay import check_latent_size
 from .rider import Rider
 
 KEY = "scalpel.cpam"
@@ -30,7 +31,8 @@ KEY = "scalpel.cpam"
 
 @dataclass(frozen=True)
 class SelfAttentionSpec:
-    """source_mask: where the source's keys are not background, binary; target_mask: where the edit attends to itself,
+    """source_mask: where the source's keys are not background, binary; generous: a layer's cell is not if any of its
+    pixels is not; target_mask: where the edit attends to itself,
     0…1; each [1 or images, H, W]. remove: it attends to the source's background everywhere. keep_from: (step, layer),
     from which on the edit attends, inside target_mask, to the source's keys there; None: never. plain_fraction: share
     of the layers, drawn anew each step, that stay ordinary.
@@ -38,6 +40,7 @@ class SelfAttentionSpec:
 
     trajectory: Trajectory
     source_mask: torch.Tensor
+    generous: bool
     target_mask: torch.Tensor
     remove: bool
     keep_from: tuple[int, int] | None
@@ -114,17 +117,24 @@ class CPAM:
 
 
 class CPAMRun:
-    """State of one sampling run. following: [rows, h, w] of the latent, once the target mask has been refined."""
+    """State of one sampling run. following: the target mask once it has been refined, [rows, h, w] of the latent;
+    followed: what it was when this evaluation of the model began.
+    """
 
     def __init__(self, spec: Spec, guider: Any, sigmas: torch.Tensor, sampler: Any, latent: tuple[int, int]) -> None:
+        if spec.self_attention is not None:
+            check_latent_size(spec.self_attention.trajectory, latent)
         self.spec = spec
         self.latent = latent
         self.table: LayerTable = layer_table(guider.model_patcher)
         self.order = {address: place for place, address in enumerate(self.table.layers)}
         self.evaluation = Evaluation(guider, sigmas, KEY)
         self.following: LayerMask | None = None
+        self.followed: LayerMask | None = None
+        self.lengths: dict[ConditionKey, int] = {}  # of the prompts, in tokens
         self.targets: dict[int, torch.Tensor] = {}  # by step, where it was refined
         options = guider.model_options.setdefault("transformer_options", {})
+        self.evaluation.listeners.append(self._begin)
         self.evaluation.install(options)
         add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, self._install, options)
         self.cross = _CrossAttention(self) if spec.cross_attention or spec.regions else None
@@ -132,10 +142,18 @@ class CPAMRun:
         if self.own is not None:
             self.own.rider.install(guider, sigmas, sampler)
 
+    def _begin(self, _: torch.Tensor) -> None:
+        self.followed = self.following  # uncond may be called after cond has refined it, or before
+
     def _install(
         self, executor: Any, model: Any, conds: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: Any
     ) -> Any:
         """CALC_COND_BATCH: around what replaces attention in this very call, as PAG does for its own."""
+        self.lengths = {
+            (entry["uuid"], place): entry["model_conds"]["c_crossattn"].cond.shape[1]
+            for place, entries in enumerate(conds)
+            for entry in entries or ()
+        }
         options = dict(model_options.get("transformer_options", {}))
         if self.own is not None:
             replace_attention(options, "attn1", self.table, self.own)
@@ -175,7 +193,7 @@ class CPAMRun:
             now = self.targets.get(step, now)
             steps.append(now)
         rows = max(map(len, steps))
-        return torch.stack([mask.expand(rows, -1, -1) for mask in steps], 1)
+        return torch.stack([mask[[row % len(mask) for row in range(rows)]] for mask in steps], 1)
 
 
 @dataclass(frozen=True)
@@ -199,7 +217,7 @@ class _SelfAttention:
         self.run = run
         self.spec = spec
         self.rider = Rider(spec.trajectory, spec.trajectory.positive, KEY)
-        self.source = LayerMask(spec.source_mask, run.latent, "source_mask")
+        self.source = LayerMask(spec.source_mask, run.latent, "source_mask", spec.generous)
         self.target = LayerMask(spec.target_mask, run.latent, "target_mask")
         generator = torch.Generator().manual_seed(spec.seed)
         self.plain = torch.rand(run.evaluation.steps, len(run.table), generator=generator) < spec.plain_fraction
@@ -213,7 +231,7 @@ class _SelfAttention:
         if self.plain[step, layer]:
             return (inner or attention)(q, k, v, options)
         out = torch.empty_like(q) if inner is None else inner(q, k, v, options).clone()
-        target = run.following or self.target
+        target = run.followed or self.target
         keep = self.spec.keep_from is not None and step >= self.spec.keep_from[0] and layer >= self.spec.keep_from[1]
         groups: dict[tuple[Area, int, int], list[tuple[int, int]]] = {}  # rows with equal masks: (row, its image)
         for key, rows in run.chunks(len(q), options):
@@ -279,7 +297,7 @@ class _CrossAttention:
             if key not in now.positive:
                 continue
             if self.mask is not None and key in now.whole and now.areas[key] is None and not now.again:
-                self._follow(q[rows], k[rows], options)
+                self._follow(q[rows], k[rows, : run.lengths[key]], options)
             for mask, prompt in self.regions:
                 self._use(out[rows], q[rows], mask, 0, prompt, now.areas[key], options)
             if self.spec is not None:
@@ -312,9 +330,9 @@ class _CrossAttention:
         done = run.order[address] + 1
         if run.evaluation.step * layers + done < self.follow.from_step * layers:
             return
-        words = range(1, k.shape[1]) if self.follow.words is None else self.follow.words
+        words = self.follow.words or range(min(1, k.shape[1] - 1), k.shape[1])
         if max(words) >= k.shape[1]:
-            raise RuntimeError(
+            raise ValueError(
                 f"text: it has a word at place {max(words)}, but the positive prompt of the sampler has {k.shape[1]} "
                 "places; give CPAM Cross-Attention the text of that prompt"
             )

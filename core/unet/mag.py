@@ -1,0 +1,418 @@
+"""MAG-Edit on a running UNet: before each step the sampler's latent is moved until the edit's words rule inside a mask.
+
+One OUTER_SAMPLE wrapper. The source, if there is one, is shown to the UNet once per evaluation; its queries and keys
+serve Prompt-to-Prompt in the sampler's own evaluations and in all inner iterations of a step. An inner iteration leaves
+the UNet after the last layer whose map the constraint reads, and the gradient goes back from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management
+import comfy.sampler_helpers
+import comfy.samplers
+import comfy.utils
+import torch
+import torch.nn.functional as F
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+
+from ..charts import loss_curve
+from ..mag import Push, constraint, injected_attention
+from ..null_text import scaled_gradient
+from ..prompt_to_prompt import PromptControl
+from ..run_log import RunLog
+from ..trajectory import Conditioning, Trajectory, same_level
+from .attention import Replacement, attention, replace_attention
+from .capture import spatial_size
+from .evaluation import Evaluation
+from .gradients import gradients, ordinary
+from .inputs import check_aspect
+from .layers import Address, LayerTable, address_of, layer_table
+
+KEY = "scalpel.mag"
+MAP_LEVEL = "level:16"
+BLEND_FROM = 0.7
+"""From this fraction of the steps on what lies outside the mask is the source's again, as in the authors' code."""
+
+SAMPLERS = frozenset({
+    "ddpm", "deis", "dpm_2", "dpm_2_ancestral", "dpmpp_2m", "dpmpp_2m_cfg_pp", "dpmpp_2m_sde", "dpmpp_2m_sde_gpu",
+    "dpmpp_2s_ancestral", "dpmpp_2s_ancestral_cfg_pp", "dpmpp_3m_sde", "dpmpp_3m_sde_gpu", "dpmpp_sde", "dpmpp_sde_gpu",
+    "euler", "euler_ancestral", "euler_ancestral_cfg_pp", "euler_cfg_pp", "gradient_estimation", "heun", "heunpp2",
+    "ipndm", "ipndm_v", "lcm", "lms", "res_multistep", "res_multistep_cfg_pp",
+})  # fmt: skip
+"""Those that show the model their own latent at the start of each step, and go on with it: moved, it stays moved."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Prompt-to-Prompt's source: a trajectory, its prompt, and what the edit takes of its attention (None: nothing)."""
+
+    trajectory: Trajectory
+    prompt: Conditioning
+    control: PromptControl | None
+
+
+@dataclass(frozen=True)
+class GuidanceSpec:
+    """pushes: the words; mask: [1 or rows, H, W], binary; kind: of the constraint; until: fraction of the steps; a step
+    moves the latent by scale · σ · (1 + σ²) · gradient at most `iterations` times, or until the constraint is at most
+    `enough`.
+    """
+
+    pushes: tuple[Push, ...]
+    mask: torch.Tensor
+    kind: str
+    iterations: int
+    until: float
+    scale: float
+    outside_weight: float
+    enough: float
+    source: Source | None
+    log: RunLog = field(compare=False)
+
+
+class MAGGuidance:
+    """OUTER_SAMPLE wrapper: makes one run's state and lets the sampler run on a guided model."""
+
+    def __init__(self, spec: GuidanceSpec) -> None:
+        self.spec = spec
+
+    def __call__(self, executor: Any, noise: torch.Tensor, latent: torch.Tensor, sampler: Any, sigmas: torch.Tensor,
+                 *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+        run = GuidedRun(self.spec, executor.class_obj, sigmas, (noise.shape[-2], noise.shape[-1]))
+        result = executor(noise, latent, guided_sampler(sampler, run.before), sigmas, *args, **kwargs)
+        run.finish()
+        return run.blended(result, len(run.evaluation.sigmas) - 1)
+
+
+def guided_sampler(sampler: Any, before: Callable[..., None]) -> Any:
+    """The same SAMPLER, whose every evaluation of the model is preceded by `before(x, sigma, denoise mask)`, which may
+    change x in place. ValueError names a sampler that would not notice.
+    """
+    function = getattr(sampler, "sampler_function", None)
+    name = getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
+    if function is None or name not in SAMPLERS:
+        raise ValueError(
+            f"sampler: MAG Guidance moves the latent that a sampler goes on with, and {name} works on copies of its own; "
+            f"accepted are {', '.join(sorted(SAMPLERS))}"
+        )
+
+    def sample(model: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return function(_Guided(model, before), x, *args, **kwargs)  # type: ignore[no-any-return]
+
+    sample.__name__ = function.__name__
+    return comfy.samplers.KSAMPLER(sample, dict(sampler.extra_options), dict(sampler.inpaint_options))
+
+
+class _Guided:
+    """A sampler's model that lets its latent be changed before it is evaluated."""
+
+    def __init__(self, model: Any, before: Callable[..., None]) -> None:
+        self._model = model
+        self._before = before
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self._before(x, float(sigma.flatten()[0]), kwargs)
+        return self._model(x, sigma, **kwargs)  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class _Enough(Exception):
+    """All maps are there: the rest of the UNet need not run."""
+
+
+Features = dict[tuple[str, Address], tuple[torch.Tensor, torch.Tensor]]
+"""Queries and keys by ("attn1" or "attn2", layer)."""
+
+
+class GuidedRun:
+    """State of one sampling run. values: of the constraint, by step, before each of its inner iterations."""
+
+    def __init__(self, spec: GuidanceSpec, guider: Any, sigmas: torch.Tensor, latent: tuple[int, int]) -> None:
+        check_aspect(spec.mask, (8 * latent[0], 8 * latent[1]), "mask")
+        self.spec = spec
+        self.guider = guider
+        self.table: LayerTable = layer_table(guider.model_patcher)
+        self.map_layers = map_layers(self.table)
+        self.evaluation = Evaluation(guider, sigmas, KEY)
+        self.values: dict[int, list[float]] = {}
+        self.mask = F.interpolate(spec.mask[:, None].float(), latent, mode="nearest")  # [n, 1, h, w]
+        self.bar = comfy.utils.ProgressBar(self.evaluation.steps * (spec.iterations + 1))
+        self._source_sigma = float("nan")
+        self._source: Features = {}
+        self._taken_maps: dict[Address, torch.Tensor] = {}
+        self._done = -1
+        self.insides: dict[tuple[int, int], torch.Tensor] = {}
+        options = guider.model_options.setdefault("transformer_options", {})
+        self.evaluation.install(options)
+        add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, self._install, options)
+        if spec.source is not None:
+            guider.conds[KEY] = comfy.sampler_helpers.convert_cond(spec.source.prompt[:1])
+
+    # ------------------------------------------------------------------ what Prompt-to-Prompt takes in a step
+
+    def _control(self, step: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(M · diag(taken) [source tokens, tokens], own [tokens]) of a step; None if all attention is the edit's own."""
+        source = self.spec.source
+        if source is None or source.control is None:
+            return None
+        taken, own = source.control.taken_and_own(step, self.evaluation.steps)
+        return (source.control.mapping * taken, own) if taken.any() or (own != 1).any() else None
+
+    def _takes_self_attention(self, step: int, layer: Address) -> bool:
+        source = self.spec.source
+        if source is None or source.control is None:
+            return False
+        side = self.table.native / self.table[layer].downsample
+        return source.control.replaces_self_attention(step, self.evaluation.steps, side)
+
+    def _source_at(self, sigma: float, step: int, model_options: dict[str, Any]) -> Features:
+        """The source's queries and keys at a noise level; empty if nothing is taken of them. One UNet row an image."""
+        takes = self._control(step) is not None or any(self._takes_self_attention(step, a) for a in self.table.layers)
+        if not takes:
+            return {}
+        if sigma != self._source_sigma:
+            assert self.spec.source is not None
+            x = self.spec.source.trajectory.at(sigma).to(self.guider.model_patcher.load_device)
+            found: Features = {}
+
+            def keep(name: str, last: Address | None) -> Callable[..., torch.Tensor]:
+                def kept(inner: Replacement | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                         options: dict[str, Any]) -> torch.Tensor:  # fmt: skip
+                    address = address_of(options)
+                    found[name, address] = (q, k)
+                    if address == last:
+                        raise _Enough
+                    return (inner or attention)(q, k, v, options)
+
+                return kept
+
+            with torch.no_grad():
+                patches = {"attn1": keep("attn1", None), "attn2": keep("attn2", list(self.table.layers)[-1])}
+                self._run(self.guider.conds[KEY], x, sigma, model_options, patches)
+            self._source_sigma, self._source, self._taken_maps = sigma, found, {}
+        return self._source
+
+    def _run(
+        self, conds: list[dict[str, Any]], x: torch.Tensor, sigma: float, model_options: dict[str, Any],
+        patches: dict[str, Callable[..., torch.Tensor]],
+    ) -> None:  # fmt: skip
+        """One call of the model with these replacements, as far as they let it come."""
+        options = dict(model_options.get("transformer_options", {}))
+        wrappers = dict(options.get("wrappers", {}))
+        wrappers.pop(WrappersMP.CALC_COND_BATCH, None)  # neither our own evaluation nor another node's
+        options["wrappers"] = wrappers
+        for name, function in patches.items():
+            replace_attention(options, name, self.table, function)
+        try:
+            comfy.samplers.calc_cond_batch(
+                self.guider.inner_model, [conds], x, x.new_full((len(x),), sigma),
+                {**model_options, "transformer_options": options},
+            )  # fmt: skip
+        except _Enough:
+            return
+        raise RuntimeError("MAG Guidance: the model's cross-attention was never called; another node replaces it whole")
+
+    # ------------------------------------------------------------------ the sampler's own evaluations
+
+    def _install(
+        self, executor: Any, model: Any, conds: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: Any
+    ) -> Any:
+        """CALC_COND_BATCH: Prompt-to-Prompt on the rows of the positive prompt."""
+        now = self.evaluation
+        features = self._source_at(now.sigma, now.step, model_options)
+        if not features:
+            return executor(model, conds, x, timestep, model_options)
+        options = dict(model_options.get("transformer_options", {}))
+        for name, function in self._injections(features, now.step, self._positive_rows).items():
+            replace_attention(options, name, self.table, function)
+        return executor(model, conds, x, timestep, {**model_options, "transformer_options": options})
+
+    def _positive_rows(self, count: int, options: dict[str, Any]) -> list[slice]:
+        keys = self.evaluation.keys(options)
+        size = count // len(keys)
+        return [slice(i * size, (i + 1) * size) for i, key in enumerate(keys) if key in self.evaluation.positive]
+
+    def _injections(
+        self, features: Features, step: int, positive: Callable[[int, dict[str, Any]], list[slice]]
+    ) -> dict[str, Callable[..., torch.Tensor]]:
+        """Replacements that give the positive rows what they take of the source's attention."""
+        control = self._control(step)
+
+        def own_rows(name: str, address: Address, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            q, k = features[name, address]
+            places = [row % len(q) for row in range(rows.stop - rows.start)]
+            return q[places], k[places]
+
+        def self_attention(inner: Replacement | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                           options: dict[str, Any]) -> torch.Tensor:  # fmt: skip
+            address = address_of(options)
+            if self._takes_self_attention(step, address):
+                q, k = q.clone(), k.clone()
+                for rows in positive(len(q), options):
+                    q[rows], k[rows] = own_rows("attn1", address, rows)
+            return (inner or attention)(q, k, v, options)
+
+        def cross_attention(inner: Replacement | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                            options: dict[str, Any]) -> torch.Tensor:  # fmt: skip
+            if control is None:
+                return (inner or attention)(q, k, v, options)
+            taken, own = (t.to(v) for t in control)
+            sources, tokens = taken.shape
+            values, added = v.clone(), {}
+            for rows in positive(len(q), options):
+                # contexts of different lengths are repeated to a common one: the first copy of the columns is enough
+                source_q, source_k = own_rows("attn2", address_of(options), rows)
+                added[rows.start] = attention(source_q, source_k[:, :sources], taken @ v[rows, :tokens], options)
+                values[rows] = v[rows] * own.repeat(v.shape[1] // tokens)[:, None]
+            out = (inner or attention)(q, k, values, options)
+            for rows in positive(len(q), options):
+                out[rows] = out[rows] + added[rows.start]
+            return out
+
+        return {"attn1": self_attention, "attn2": cross_attention}
+
+    # ------------------------------------------------------------------ the inner iterations
+
+    def before(self, x: torch.Tensor, sigma: float, arguments: dict[str, Any]) -> None:
+        """Before an evaluation of the sampler's: at the start of a step, move its latent."""
+        sigmas = self.evaluation.sigmas
+        step = next((i for i, level in enumerate(sigmas[:-1]) if same_level(level, sigma)), None)
+        if step is None or step <= self._done:  # between two steps, or the same once more
+            return
+        self._done = step
+        x.copy_(self.blended(x, step))
+        if step < round(self.spec.until * self.evaluation.steps):
+            self._guide(x, sigma, step, arguments)
+
+    def blended(self, x: torch.Tensor, done: int) -> torch.Tensor:
+        """x after `done` steps: late in the run it is the source's outside the mask, widened by one latent cell."""
+        source, now = self.spec.source, self.evaluation
+        if source is None or done <= round(BLEND_FROM * now.steps):
+            return x
+        wide = F.max_pool2d(self.mask, 3, 1, 1).to(x)
+        own = source.trajectory.at(now.sigmas[done])[source.trajectory.image_of(len(x))].to(x)
+        return torch.lerp(own, x, wide)
+
+    def _guide(self, x: torch.Tensor, sigma: float, step: int, arguments: dict[str, Any]) -> None:
+        spec, model_options = self.spec, arguments["model_options"]
+        features = self._source_at(sigma, step, model_options)
+        region = self.mask.to(x)
+        if arguments.get("denoise_mask") is not None:
+            region = region * arguments["denoise_mask"]
+        factor = spec.scale * sigma * (1 + sigma**2)
+        conds = self._whole_prompt(sigma)
+        with gradients():
+            z = ordinary(x).clone()
+            for iteration in range(spec.iterations):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                value, gradient = self._gradient(z, sigma, step, features, conds, model_options)
+                self.values.setdefault(step, []).append(float(value.mean()))
+                if (value <= spec.enough).all():
+                    break
+                z = z - factor * gradient * ordinary(region)
+                self.bar.update_absolute(step * (spec.iterations + 1) + iteration + 1)
+        x.copy_(z)
+
+    def _whole_prompt(self, sigma: float) -> list[dict[str, Any]]:
+        """The entry of the positive prompt that tells the whole picture now."""
+        for entry in self.guider.conds["positive"]:
+            start, end = entry.get("timestep_start", float("inf")), entry.get("timestep_end", -float("inf"))
+            if entry.get("area") is None and end <= sigma <= start and "default" not in entry:
+                return [entry]
+        raise ValueError("positive: every prompt holds for an area only; MAG Guidance needs one for the whole picture")
+
+    def _gradient(
+        self, z: torch.Tensor, sigma: float, step: int, features: Features, conds: list[dict[str, Any]],
+        model_options: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """(constraint [rows], its gradient by the latent)."""
+        z = z.detach().requires_grad_()
+        maps, sizes = self.maps(z, sigma, step, features, conds, model_options)
+        insides = [self._inside(size, z.device) for size in sizes]
+        value = constraint(self.spec.kind, maps, insides, self.spec.pushes, self.spec.outside_weight)
+        return value.detach(), scaled_gradient(value.sum(), z, 2.0**12)
+
+    def maps(
+        self, z: torch.Tensor, sigma: float, step: int, features: Features, conds: list[dict[str, Any]],
+        model_options: dict[str, Any],
+    ) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:  # fmt: skip
+        """The positive prompt's cross-attention in the map layers, [rows, heads, places, tokens], as injected, and the
+        layers' (h, w); in execution order.
+        """
+        maps: list[torch.Tensor] = []
+        sizes: list[tuple[int, int]] = []
+        injections = self._injections(features, step, lambda count, _: [slice(0, count)])
+
+        def cross_attention(inner: Replacement | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                            options: dict[str, Any]) -> torch.Tensor:  # fmt: skip
+            address = address_of(options)
+            if address not in self.map_layers:
+                return injections["attn2"](inner, q, k, v, options)
+            heads = options["n_heads"]
+            attended = self._injected(address, q, k, heads, step, features)
+            maps.append(attended)
+            sizes.append(spatial_size(options))
+            if len(maps) == len(self.map_layers):
+                raise _Enough
+            values = v[:, : attended.shape[-1]].unflatten(-1, (heads, -1)).transpose(1, 2)
+            return (attended.to(v) @ values).transpose(1, 2).flatten(2)
+
+        self._run(conds, z, sigma, model_options, {"attn1": injections["attn1"], "attn2": cross_attention})
+        return maps, sizes
+
+    def _injected(
+        self, address: Address, q: torch.Tensor, k: torch.Tensor, heads: int, step: int, features: Features
+    ) -> torch.Tensor:
+        control = self._control(step)
+        own = probabilities(q, k, heads)
+        if control is None or not features:
+            return own
+        taken, share = (t.to(own) for t in control)
+        if address not in self._taken_maps:
+            source_q, source_k = features["attn2", address]
+            source = probabilities(source_q, source_k, heads)[..., : len(taken)]
+            self._taken_maps[address] = source
+        source = self._taken_maps[address]
+        places = [row % len(source) for row in range(len(q))]
+        return injected_attention(own[..., : len(share)], source[places], taken, share)
+
+    def _inside(self, size: tuple[int, int], device: torch.device) -> torch.Tensor:
+        if size not in self.insides:
+            small = F.interpolate(self.spec.mask[:, None].float(), size, mode="nearest").flatten(1)
+            if not small.any(1).all():
+                h, w = size
+                least = -(-self.spec.mask.shape[-1] // w), -(-self.spec.mask.shape[-2] // h)
+                raise ValueError(
+                    f"mask: nothing is left of it at {w} × {h}, where the constraint is measured; a square of "
+                    f"{least[0]} × {least[1]} of its pixels is the smallest that always works"
+                )
+            self.insides[size] = small.to(device)
+        return self.insides[size]
+
+    def finish(self) -> None:
+        """Fill the log with the constraint's values."""
+        self.evaluation.finish()
+        values = [value for step in sorted(self.values) for value in self.values[step]]
+        self.spec.log.lines = [
+            f"step {step + 1}: " + " → ".join(f"{value:.4f}" for value in self.values[step]) for step in self.values
+        ]
+        self.spec.log.masks = self.mask[:, 0].cpu()[:, None]
+        if values:
+            self.spec.log.pictures = loss_curve(values, f"{self.spec.kind}, every inner iteration")
+
+
+def map_layers(table: LayerTable) -> frozenset[Address]:
+    """Where the constraint is measured: the level nearest 16 × 16, without the middle block (SD1.5: the authors' five)."""
+    return frozenset(address for address in table.select(MAP_LEVEL) if address[0] != "middle")
+
+
+def probabilities(q: torch.Tensor, k: torch.Tensor, heads: int) -> torch.Tensor:
+    """Attention of q [rows, places, heads·d] on k [rows, tokens, heads·d]: [rows, heads, places, tokens], float32."""
+    queries, keys = (t.unflatten(-1, (heads, -1)).transpose(1, 2).float() for t in (q, k))
+    return (queries @ keys.transpose(-2, -1) * queries.shape[-1] ** -0.5).softmax(-1)
