@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .token_workflows import ABOUT_THE_MODEL, save_picture
 from .workflow_files import Json, Link, Node, Workflow
 
-SEED = 2
+SEED = 2  # of the regions
 STEPS = 50
 SIZE = 256
 PHOTO = "partsworld_dog"
 """A picture with its object's mask that comes with the pack (`partsworld/pictures`)."""
 GROUND = "on a sandy beach"
-FRESH, RECORDED, MIRRORED = "fresh noise", "the photo's noise", "the photo's noise, mirrored"
+FRESH, RECORDED, MIRRORED = "fresh noise in the mask", "the photo's noise", "the photo's noise, mirrored"
 """Where sampling starts from."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One template. prompt, cfg: of the sampling; start: FRESH, RECORDED or MIRRORED; localise: with CPAM
-    Cross-Attention; settings: of CPAM Self-Attention.
+    """One template. prompt, cfg, seed: of the sampling; start: FRESH, RECORDED or MIRRORED; localise: with CPAM
+    Cross-Attention; grow: by how many pixels the noise mask is wider than the object's, with FRESH.
     """
 
     name: str
@@ -31,7 +31,8 @@ class Task:
     start: str
     localise: bool
     note: str
-    settings: Json = field(default_factory=dict)
+    seed: int = 0
+    grow: int = 0
 
 
 YOUR_OWN = """For a picture of your own put **Load Image** in the place of the node *photo*, paint the object in its \
@@ -47,10 +48,12 @@ REPLACE_NOTE = f"""\
 Press **Run**. The dog becomes a red car; the beach stays.
 
 {HOW}
-4. **CPAM Cross-Attention** lets the prompt speak inside the mask only, and moves the mask along with the new object: \
-**Run Log** shows the mask of every step.
-5. The sampler starts from fresh noise here, so that the car gets a car's shape. Start it from the inversion's *latent* \
-(and *add_noise* off) to change a thing and keep its shape, such as its colour.
+4. **CPAM Cross-Attention** lets the prompt speak inside the mask only. A car does not have a dog's shape: **Grow \
+Mask** gives it room. With *refine* on, the mask follows the new object (**Run Log** shows the mask of every step); the demo \
+model does better with it off.
+5. The sampler starts from fresh noise, so that the car gets a car's shape, and **Set Latent Noise Mask** puts the \
+rest of the photo back at every step. Start from the inversion's *latent* instead (and *add_noise* off) to change a \
+thing and keep its shape, such as its colour.
 
 Something of the old object's colour in the new one? Raise *dilation*, or set *background_keys* to *target*.
 """
@@ -80,22 +83,20 @@ REMOVE_NOTE = f"""\
 Press **Run**. The dog is gone, and no prompt was needed.
 
 {HOW} With *remove object* every place does so, those of the object too.
-4. *background_keys* is *target* and *dilation* 0.2: the object's fringe does not count as background either, or it \
-would grow back from there.
+4. The sampler starts from fresh noise, and **Set Latent Noise Mask** puts the rest of the photo back at every step.
 5. *cfg* is 1 and the prompt empty.
+
+Something of the object is left? Raise *dilation*, and *expand* of the **Grow Mask**.
 """
 TASKS = {
     "replace_object": Task(
-        "Replace an object", "replace object", f"a red car {GROUND}", 7.5, FRESH, True, REPLACE_NOTE
+        "Replace an object", "replace object", f"a red car {GROUND}", 7.5, FRESH, True, REPLACE_NOTE, 4, 32
     ),
     "keep_object": Task("Keep an object", "keep object", f"a dog {GROUND}", 4.0, MIRRORED, False, KEEP_NOTE),
     "change_background": Task(
         "Change the background", "change background", "a dog on a green field", 7.5, RECORDED, False, BACKGROUND_NOTE
     ),
-    "remove_object": Task(
-        "Remove an object", "remove object", "", 1.0, RECORDED, False, REMOVE_NOTE,
-        {"background_keys": "target", "dilation": 0.2},
-    ),
+    "remove_object": Task("Remove an object", "remove object", "", 1.0, FRESH, False, REMOVE_NOTE, 3, 8),
 }  # fmt: skip
 
 REGIONS = {
@@ -138,25 +139,25 @@ def _workflow(info: Json, name: str, task: Task) -> Workflow:
         "DDIMInversion", at=(380, 75), size=(290, 200), model=model[0], positive=empty[0], latent=latent[0],
         steps=STEPS,
     )  # fmt: skip
-    start, target = _start(flow, task, inverted, photo)
+    start, target = _start(flow, task, inverted, photo, latent)
     flow.group("3. Patch the model", at=(730, 0), size=(350, 830))
     patched = flow.node(
         "CPAMSelfAttnPatch", at=(750, 75), size=(310, 350), model=model[0], trajectory=inverted[0],
-        source_mask=photo[1], task=task.task, seed=SEED, target_mask=target, **task.settings,
+        source_mask=photo[1], task=task.task, seed=0, target_mask=None if task.task == "remove object" else target,
     )  # fmt: skip
     run_log = patched[1]
     if task.localise:
         patched = flow.node(
             "CPAMCrossAttnPatch", at=(750, 480), size=(310, 330), model=patched[0], null=empty[0],
-            target_mask=photo[1], clip=model[1], text=task.prompt,
+            target_mask=target, refine=False, clip=model[1], text=task.prompt,
         )  # fmt: skip
         run_log = patched[1]
     flow.group("4. Sample", at=(1120, 0), size=(330, 500))
     sampler = flow.node("KSamplerSelect", at=(1140, 75), size=(290, 58), sampler_name="euler")
     sampled = flow.node(
         "SamplerCustom", at=(1140, 180), size=(290, 290), model=patched[0], add_noise=task.start == FRESH,
-        noise_seed=SEED, cfg=task.cfg, positive=prompt[0], negative=empty[0], sampler=sampler[0], sigmas=inverted[2],
-        latent_image=start,
+        noise_seed=task.seed, cfg=task.cfg, positive=prompt[0], negative=empty[0], sampler=sampler[0],
+        sigmas=inverted[2], latent_image=start,
     )  # fmt: skip
     flow.group("5. Look", at=(1490, 0), size=(920, 530))
     edited = flow.node("VAEDecode", at=(1810, 75), size=(280, 50), samples=sampled[0], vae=model[2])
@@ -167,13 +168,17 @@ def _workflow(info: Json, name: str, task: Task) -> Workflow:
     return flow
 
 
-def _start(flow: Workflow, task: Task, inverted: Node, photo: Node) -> tuple[Link, Link | None]:
+def _start(flow: Workflow, task: Task, inverted: Node, photo: Node, latent: Node) -> tuple[Link, Link | None]:
     """The latent that sampling begins with, and where the object may be if that is not its widened mask."""
     if task.start == RECORDED:
         return inverted[1], None
-    flow.group(task.start.capitalize(), at=(360, 320), size=(330, 510))
+    flow.group(task.start[0].upper() + task.start[1:], at=(360, 320), size=(330, 290 if task.start == FRESH else 820))
     if task.start == FRESH:
-        return flow.node("EmptyLatentImage", at=(380, 395), size=(290, 106), width=SIZE, height=SIZE)[0], None
+        wide = flow.node(
+            "GrowMask", at=(380, 395), size=(290, 82), mask=photo[1], expand=task.grow, tapered_corners=True
+        )
+        start = flow.node("SetLatentNoiseMask", at=(380, 530), size=(290, 50), samples=latent[0], mask=wide[0])
+        return start[0], wide[0]
     seen = flow.node("MaskToImage", at=(380, 385), size=(290, 30), mask=photo[1])
     turned = flow.node("ImageFlip", at=(380, 455), size=(290, 58), image=seen[0], flip_method="y-axis: horizontally")
     mirrored = flow.node("ImageToMask", at=(380, 550), size=(290, 58), image=turned[0], channel="red")

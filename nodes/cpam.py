@@ -142,8 +142,8 @@ class CPAMSelfAttnPatch(io.ComfyNode):
         )
         run_log = RunLog("CPAM Self-Attention")
         spec = cpam.SelfAttentionSpec(
-            trajectory, source, clear_of_target, target, task == REMOVE, keep if task == KEEP else None, plain_fraction, seed,
-            run_log,
+            trajectory, source, target, task == REMOVE, keep if task == KEEP else None, plain_fraction, seed,
+            run_log, clear_of_target,
         )  # fmt: skip
         return io.NodeOutput(cpam.patched(model, self_attention=spec), run_log)
 

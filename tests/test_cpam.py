@@ -130,12 +130,21 @@ def at_layer(mask, options):
     return F.interpolate(mask[None, None], (h, w), mode="nearest").flatten()
 
 
+def cells(mask, options):
+    """One mask [H, W] of the whole picture at a layer: the largest value in each of its cells."""
+    h, w = options["activations_shape"][-2:]
+    return mask.reshape(h, mask.shape[0] // h, w, mask.shape[1] // w).amax((1, 3)).flatten()
+
+
 class ByHand:
     """CPAM as two ordinary runs: one of the source alone, whose keys and values are kept by noise level and layer, and
     one of the edit, whose layers attend to them.
 
-    source: [images, H, W], where the source's keys are not background; target: the same, 0…1.
+    source: [images, H, W], where the source's keys are not background; target: the same, 0…1. at_source: what `source`
+    is at a layer.
     """
+
+    at_source = staticmethod(at_layer)
 
     def __init__(self, patcher, trajectory, source, target, task="replace object", keep=None, null=None, crossed=None):
         self.trajectory, self.source, self.target = trajectory, source, target
@@ -181,7 +190,7 @@ class ByHand:
         for row in range(len(q)):
             image = row % chunk % images
             masks = [m[image % len(m)] for m in (self.source, self.target)]
-            background = at_layer(masks[0], whole) == 0
+            background = self.at_source(masks[0], whole) == 0
             share = at_layer(masks[1], options)[:, None]
             one, key, value = (slice(row, row + 1), ks[image : image + 1], vs[image : image + 1])
             outside = dense(q[one], key, value, heads, background)
@@ -216,6 +225,13 @@ class ByHand:
 def by_hand(patcher, trajectory, source, target, task="replace object", keep=None, null=None, crossed=None, **settings):
     hand = ByHand(patcher, trajectory, source, target, task, keep, null, crossed)
     return sampled(hand.model, trajectory, **settings)
+
+
+def clear_by_hand(*args, **settings):
+    """The same, with no background in a cell that has any pixel of something else."""
+    clear = type("Clear", (ByHand,), {"at_source": staticmethod(cells)})
+    hand = clear(*args)
+    return sampled(hand.model, args[1], **settings)
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -320,10 +336,11 @@ def test_a_run_is_the_one_with_dense_masked_attention(name, model, trajectory, o
     patched, _ = own(model, trajectory, **CASES[name])
     ours, task = spec(patched), CASES[name].get("task", "replace object")
     source = 1 - MASK if task == "change background" else MASK
-    if "background_keys" in CASES[name]:
-        source = torch.maximum(source, ours.target_mask.gt(0.5).float())
+    run = by_hand
+    if "background_keys" in CASES[name] or task == "remove object":
+        source, run = torch.maximum(source, ours.target_mask.gt(0.5).float()), clear_by_hand
         assert source.sum() > MASK.sum()
-    expected = by_hand(model, trajectory, source, ours.target_mask, task, ours.keep_from)
+    expected = run(model, trajectory, source, ours.target_mask, task, ours.keep_from)
     made = sampled(patched, trajectory)
     assert tiny.relative(made, expected) < 2e-5
     assert tiny.relative(made, ordinary) > 1e-2
@@ -939,7 +956,7 @@ def test_batches_that_do_not_pair_are_refused(model):
 
 def test_text_that_is_not_the_sampler_s_prompt_is_said(model, trajectory):
     patched, _ = cross(model, refine=True, clip=text_encoder(), text="a fox, " * 60)
-    with pytest.raises(RuntimeError, match=r"text: it has a word at place .* 77 places; give CPAM Cross"):
+    with pytest.raises(ValueError, match=r"text: it has a word at place .* 77 places; give CPAM Cross"):
         sampled(patched, trajectory)
 
 

@@ -245,15 +245,13 @@ def test_another_pack_s_attn1_patch_acts_on_the_edit_and_the_source(model, traje
     assert tiny.relative(sampled(both(patched, trajectory), trajectory), expected) < 1e-4
 
 
-def test_another_pack_s_attn2_patch_acts_on_the_prompt_and_on_null(model, trajectory):
-    """As a hypernetwork does."""
+def test_another_pack_s_attn2_patch_acts_on_the_prompt(model, trajectory):
+    """As a hypernetwork does; null is another prompt, which it does not see (said in the help page)."""
     patched = model.clone()
     patched.set_model_attn2_patch(halving)
     everywhere = {"target_mask": torch.ones(1, H, W)}
     expected = sampled(cross(halved(model, "attn2.to_k"), **everywhere)[0], trajectory)
     assert tiny.relative(sampled(cross(patched, **everywhere)[0], trajectory), expected) < 1e-5
-    expected = sampled(cross(halved(model, "attn2.to_k"))[0], trajectory)
-    assert tiny.relative(sampled(cross(patched)[0], trajectory), expected) < 1e-5
 
 
 def test_output_patches_see_what_ours_have_made_of_every_row(model, trajectory, alone):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scalpel.core.null_text import scaled_gradient, null_text_inversion
+from scalpel.core.null_text import null_text_inversion, scaled_gradient
 from scalpel.core.unet import inverting
 from scalpel.core.unet.gradients import gradients, ordinary
 from scalpel.nodes.inversion import NullTextInversion
@@ -161,12 +161,13 @@ def test_gradients_that_half_precision_would_round_to_zero_arrive():
         found, exact = torch.zeros(4, requires_grad=True), torch.zeros(4, requires_grad=True)
         for embedding, inside in ((found, Half.apply), (exact, torch.clone)):
             prediction = inside(embedding.repeat(size // 4) * torch.linspace(0.5, 1.5, size))
-            scaled_gradient((prediction - missed).square().mean(), embedding, 2.0 ** size.bit_length())
+            error = (prediction - missed).square().mean()
+            embedding.grad = scaled_gradient(error, embedding, 2.0 ** size.bit_length())
         assert exact.grad.abs().min() > 0
         assert tiny.relative(found.grad, exact.grad) < 0.01
 
 
-def test_an_attention_withoutscaled_gradient_pass_is_named():
+def test_an_attention_without_backward_pass_is_named():
     denoise, without_prompt, *rest = _toy()
     with pytest.raises(ValueError, match="its attention has no backward pass"):
         null_text_inversion(denoise, lambda *a: without_prompt(*a).detach(), *rest, 3.0, 2, 0.01)

@@ -31,22 +31,22 @@ KEY = "scalpel.cpam"
 
 @dataclass(frozen=True)
 class SelfAttentionSpec:
-    """source_mask: where the source's keys are not background, binary; generous: a layer's cell is not if any of its
-    pixels is not; target_mask: where the edit attends to itself,
+    """source_mask: where the source's keys are not background, binary; target_mask: where the edit attends to itself,
     0…1; each [1 or images, H, W]. remove: it attends to the source's background everywhere. keep_from: (step, layer),
     from which on the edit attends, inside target_mask, to the source's keys there; None: never. plain_fraction: share
-    of the layers, drawn anew each step, that stay ordinary.
+    of the layers, drawn anew each step, that stay ordinary. generous: a layer's cell is no background if any pixel in
+    it is none, rather than one certain pixel.
     """
 
     trajectory: Trajectory
     source_mask: torch.Tensor
-    generous: bool
     target_mask: torch.Tensor
     remove: bool
     keep_from: tuple[int, int] | None
     plain_fraction: float
     seed: int
     log: RunLog = field(compare=False)
+    generous: bool = False
 
 
 @dataclass(frozen=True)

@@ -96,8 +96,8 @@ def guided_sampler(sampler: Any, before: Callable[..., None]) -> Any:
     name = getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
     if function is None or name not in SAMPLERS:
         raise ValueError(
-            f"sampler: MAG Guidance moves the latent that a sampler goes on with, and {name} works on copies of its own; "
-            f"accepted are {', '.join(sorted(SAMPLERS))}"
+            f"sampler: MAG Guidance moves the latent that a sampler goes on with, and {name} works on copies of its "
+            f"own; accepted are {', '.join(sorted(SAMPLERS))}"
         )
 
     def sample(model: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -157,7 +157,7 @@ class GuidedRun:
     # ------------------------------------------------------------------ what Prompt-to-Prompt takes in a step
 
     def _control(self, step: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(M · diag(taken) [source tokens, tokens], own [tokens]) of a step; None if all attention is the edit's own."""
+        """(M · diag(taken) [source tokens, tokens], own [tokens]) of a step; None: all attention is the edit's own."""
         source = self.spec.source
         if source is None or source.control is None:
             return None
@@ -408,7 +408,7 @@ class GuidedRun:
 
 
 def map_layers(table: LayerTable) -> frozenset[Address]:
-    """Where the constraint is measured: the level nearest 16 × 16, without the middle block (SD1.5: the authors' five)."""
+    """Where the constraint is measured: the level nearest 16 × 16, without the middle block (SD1.5: their five)."""
     return frozenset(address for address in table.select(MAP_LEVEL) if address[0] != "middle")
 
 
