@@ -49,8 +49,8 @@ Press **Run**. The dog becomes a red car; the beach stays.
 
 {HOW}
 4. **CPAM Cross-Attention** lets the prompt speak inside the mask only. A car does not have a dog's shape: **Grow \
-Mask** gives it room. With *refine* on, the mask follows the new object (**Run Log** shows the mask of every step); the demo \
-model does better with it off.
+Mask** gives it room. With *refine* on, the mask follows the new object (**Run Log** shows the mask of every step); \
+the demo model does better with it off.
 5. The sampler starts from fresh noise, so that the car gets a car's shape, and **Set Latent Noise Mask** puts the \
 rest of the photo back at every step. Start from the inversion's *latent* instead (and *add_noise* off) to change a \
 thing and keep its shape, such as its colour.

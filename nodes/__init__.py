@@ -8,6 +8,7 @@ from .comparison import PictureComparison
 from .cpam import CPAMCrossAttnPatch, CPAMSelfAttnPatch, RegionPrompts
 from .feature_blend import EditBatch, FeatureBlendSampler, FeatureBlendSamplerAdvanced
 from .inversion import DDIMInversion, EditFriendlyInversion, LEDITSInversion, NullTextInversion
+from .mag import MAGGuidance
 from .masks import AdaptiveThreshold, AttentionMaskExtractor
 from .part_tokens import PartTokenLoader, PartTokenSave
 from .partsworld import PartsWorldLoader
@@ -44,6 +45,7 @@ NODES: list[type[io.ComfyNode]] = [
     CPAMSelfAttnPatch,
     CPAMCrossAttnPatch,
     RegionPrompts,
+    MAGGuidance,
     RunLogShow,
 ]
 

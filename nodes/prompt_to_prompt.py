@@ -132,7 +132,7 @@ def check_prompt_control(control: PromptControl, source: Any, edit: Any, edits: 
 def _per_word(clip: Any, edit: Prompt, name: str, text: str, low: float, high: float, default: float) -> torch.Tensor:
     """[edit tokens]: the numbers that `text` ("robot: 0.4, big dog: 0.2") gives to words, `default` for the others."""
     values = torch.full((edit.length,), float(default))
-    for item in _items(text):
+    for item in items(text):
         words, colon, number = item.rpartition(":")
         try:
             value = float(number)
@@ -143,30 +143,30 @@ def _per_word(clip: Any, edit: Prompt, name: str, text: str, low: float, high: f
                 f"{name}: {item!r} is not understood; write 'word: number' with numbers from {low:g} to {high:g}, "
                 "several separated by commas"
             )
-        values[_places(clip, [edit], name, words)[0]] = value
+        values[places(clip, [edit], name, words)[0]] = value
     return values
 
 
 def _local_blend(clip: Any, source: Prompt, edit: Prompt, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Places of the words in the source and in the edit."""
-    found = [_places(clip, [source, edit], "local_blend_words", words) for words in _items(text)]
-    in_source, in_edit = ([place for places in found for place in places[i]] for i in (0, 1))
+    found = [places(clip, [source, edit], "local_blend_words", words) for words in items(text)]
+    in_source, in_edit = ([place for where in found for place in where[i]] for i in (0, 1))
     return tuple(in_source), tuple(in_edit)
 
 
-def _items(text: str) -> list[str]:
+def items(text: str) -> list[str]:
     """The pieces of a list, separated by commas or new lines."""
     return [piece.strip() for piece in text.replace("\n", ",").split(",") if piece.strip()]
 
 
-def _places(clip: Any, prompts: list[Prompt], name: str, words: str) -> list[list[int]]:
+def places(clip: Any, prompts: list[Prompt], name: str, words: str) -> list[list[int]]:
     """Where `words` stand in each of the prompts. ValueError if in none."""
     phrase = read_prompt(clip, words.strip(), name)
-    places = [prompt.find(phrase) for prompt in prompts]
-    if not any(places):
+    found = [prompt.find(phrase) for prompt in prompts]
+    if not any(found):
         texts = " or ".join(repr(prompt.text) for prompt in prompts)
         raise ValueError(f"{name}: {words.strip()!r} is not a word of {texts}")
-    return places
+    return found
 
 
 def _check_length(conditioning: Any, prompt: Prompt, name: str) -> None:

@@ -31,6 +31,7 @@ from .evaluation import Evaluation
 from .gradients import gradients, ordinary
 from .inputs import check_aspect
 from .layers import Address, LayerTable, address_of, layer_table
+from .replay import function_of
 
 KEY = "scalpel.mag"
 MAP_LEVEL = "level:16"
@@ -58,8 +59,7 @@ class Source:
 @dataclass(frozen=True)
 class GuidanceSpec:
     """pushes: the words; mask: [1 or rows, H, W], binary; kind: of the constraint; until: fraction of the steps; a step
-    moves the latent by scale · σ · (1 + σ²) · gradient at most `iterations` times, or until the constraint is at most
-    `enough`.
+    moves the latent `iterations` times by scale · σ · (1 + σ²) · gradient.
     """
 
     pushes: tuple[Push, ...]
@@ -69,7 +69,6 @@ class GuidanceSpec:
     until: float
     scale: float
     outside_weight: float
-    enough: float
     source: Source | None
     log: RunLog = field(compare=False)
 
@@ -83,17 +82,17 @@ class MAGGuidance:
     def __call__(self, executor: Any, noise: torch.Tensor, latent: torch.Tensor, sampler: Any, sigmas: torch.Tensor,
                  *args: Any, **kwargs: Any) -> Any:  # fmt: skip
         run = GuidedRun(self.spec, executor.class_obj, sigmas, (noise.shape[-2], noise.shape[-1]))
-        result = executor(noise, latent, guided_sampler(sampler, run.before), sigmas, *args, **kwargs)
+        result = executor(noise, latent, guided_sampler(sampler, run.before, run.after), sigmas, *args, **kwargs)
         run.finish()
-        return run.blended(result, len(run.evaluation.sigmas) - 1)
+        return result
 
 
-def guided_sampler(sampler: Any, before: Callable[..., None]) -> Any:
-    """The same SAMPLER, whose every evaluation of the model is preceded by `before(x, sigma, denoise mask)`, which may
-    change x in place. ValueError names a sampler that would not notice.
+def guided_sampler(sampler: Any, before: Callable[..., None], after: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same SAMPLER, whose every evaluation of the model is preceded by `before(x, sigma, arguments)`, which may
+    change x in place, and whose result is what `after` makes of it. ValueError names a sampler that would not notice.
     """
     function = getattr(sampler, "sampler_function", None)
-    name = getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
+    name = sampler_name(sampler)
     if function is None or name not in SAMPLERS:
         raise ValueError(
             f"sampler: MAG Guidance moves the latent that a sampler goes on with, and {name} works on copies of its "
@@ -101,10 +100,15 @@ def guided_sampler(sampler: Any, before: Callable[..., None]) -> Any:
         )
 
     def sample(model: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return function(_Guided(model, before), x, *args, **kwargs)  # type: ignore[no-any-return]
+        return after(function(_Guided(model, before), x, *args, **kwargs))
 
     sample.__name__ = function.__name__
     return comfy.samplers.KSAMPLER(sample, dict(sampler.extra_options), dict(sampler.inpaint_options))
+
+
+def sampler_name(sampler: Any) -> str:
+    """What a SAMPLER's function is called, as ComfyUI lists it."""
+    return function_of(sampler).removeprefix("sample_") or type(sampler).__name__
 
 
 class _Guided:
@@ -290,6 +294,10 @@ class GuidedRun:
         if step < round(self.spec.until * self.evaluation.steps):
             self._guide(x, sigma, step, arguments)
 
+    def after(self, x: torch.Tensor) -> torch.Tensor:
+        """What becomes of the sampler's result."""
+        return self.blended(x, self.evaluation.steps)
+
     def blended(self, x: torch.Tensor, done: int) -> torch.Tensor:
         """x after `done` steps: late in the run it is the source's outside the mask, widened by one latent cell."""
         source, now = self.spec.source, self.evaluation
@@ -313,8 +321,6 @@ class GuidedRun:
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 value, gradient = self._gradient(z, sigma, step, features, conds, model_options)
                 self.values.setdefault(step, []).append(float(value.mean()))
-                if (value <= spec.enough).all():
-                    break
                 z = z - factor * gradient * ordinary(region)
                 self.bar.update_absolute(step * (spec.iterations + 1) + iteration + 1)
         x.copy_(z)

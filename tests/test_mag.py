@@ -1,0 +1,490 @@
+"""MAG-Edit: against the authors' numbers (golden/mag_a), against attention written out, inside ComfyUI's samplers."""
+
+from __future__ import annotations
+
+import inspect
+
+import comfy.sample
+import comfy.samplers
+import comfy.supported_models
+import pytest
+import torch
+
+from scalpel.core.mag import Push, constraint, spatial_ratio, token_ratio
+from scalpel.core.prompt_to_prompt import PromptControl
+from scalpel.core.run_log import RunLog
+from scalpel.core.trajectory import Trajectory
+from scalpel.core.unet import mag
+from scalpel.core.unet.inverting import model_mark
+from scalpel.core.unet.layers import layer_table
+from scalpel.devtools.server import ComfyError
+from scalpel.nodes.inversion import DDIMInversion
+from scalpel.nodes.mag import MAGGuidance
+from scalpel.nodes.prompt_to_prompt import PromptToPrompt
+from scalpel.nodes.trajectories import RecordTrajectory
+from scalpel.partsworld import loader
+from scalpel.tests import tiny
+
+pytestmark = pytest.mark.usefixtures("inference")
+KINDS = {"SD1.5": tiny.SD15, "SDXL": tiny.SDXL}
+H, W = 24, 16
+
+
+# ---------------------------------------------------------------- the authors' numbers
+
+
+def golden_control(golden):
+    mapping = torch.zeros(77, 77)
+    for token, source in enumerate(golden["p2p_mapper"].int().tolist()):
+        if source >= 0:
+            mapping[source, token] = golden["p2p_alphas"][token]
+    contexts = (golden["context_source"],), (golden["context_target"],)
+    return PromptControl(mapping, golden["p2p_alphas"], torch.full((77,), 0.8), torch.ones(77), 0.5, *contexts)
+
+
+class Enough(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def golden_run():
+    """Three guided steps of fifty: [(latent before its iterations, after them)], the run, and the rows it took."""
+    with torch.inference_mode():
+        case, golden = tiny.golden_case("mag_a")
+        patcher = tiny.golden_model("mag_a", comfy.supported_models.SD15)
+        sigmas = golden["sigmas"]
+        latents = torch.cat([golden["loop_start_ve"], golden["loop_source_ve"]])[:, None]
+        source = [[golden["context_source"], {}]]
+        trajectory = Trajectory("ddim", model_mark(patcher), sigmas[:4], sigmas[:4], latents, source)
+        spec = mag.GuidanceSpec(
+            tuple(Push(tuple(places)) for places in case["word_token_indices"]), golden["mask"][None], "token ratio",
+            case["inner_iterations_loop"], 0.5, case["scale"], 3.0,
+            mag.Source(trajectory, source, golden_control(golden)), RunLog("test"),
+        )  # fmt: skip
+        seen, runs, counted = [], [], tiny.CountedCalls()
+
+        class Watched(mag.GuidedRun):
+            def before(self, x, sigma, arguments):
+                entered = x.clone()
+                if len(seen) < 3:
+                    super().before(x, sigma, arguments)
+                seen.append((entered, x.clone()))
+                runs.append(self)
+                if len(seen) == 4:
+                    raise Enough
+
+        guided = counted.attach(patcher)
+        guided.add_wrapper_with_key("outer_sample", mag.KEY, mag.MAGGuidance(spec))
+        start = patcher.get_model_object("latent_format").process_out(trajectory.start)
+        original, mag.GuidedRun = mag.GuidedRun, Watched
+        try:
+            comfy.sample.sample_custom(
+                guided, torch.zeros_like(start), case["cfg"], comfy.samplers.sampler_object("euler"), sigmas,
+                [[golden["context_target"], {}]], [[golden["context_null"], {}]], start, disable_pbar=True,
+            )  # fmt: skip
+        except Enough:
+            pass
+        finally:
+            mag.GuidedRun = original
+        return golden, seen, runs[0], counted.rows
+
+
+def test_latents_after_the_iterations_and_after_the_step_are_the_authors(golden_run):
+    golden, seen, _, _ = golden_run
+    for step in range(3):
+        assert tiny.relative(seen[step][1], golden["loop_edit_ve_optimised"][step : step + 1]) < 5e-6
+        made, wanted = seen[step + 1][0], golden["loop_edit_ve"][step : step + 1]
+        source = golden["loop_source_ve"][step : step + 1]
+        assert tiny.relative(made, wanted) < 5e-6
+        assert tiny.relative(made - source, wanted - source) < 1e-4
+        assert tiny.relative(seen[step][1], seen[step][0]) > 1e-5
+
+
+def test_the_constraint_s_values_are_the_authors(golden_run):
+    golden, _, run, _ = golden_run
+    found = torch.tensor([run.values[step] for step in range(3)])
+    torch.testing.assert_close(found, golden["loop_loss_TR"], rtol=0, atol=1e-5)
+
+
+def test_a_step_shows_the_unet_the_source_once_and_the_edit_once_an_iteration(golden_run):
+    """And cond and uncond of the sampler's own evaluation. (The authors' program: the source in every iteration.)"""
+    _, _, _, rows = golden_run
+    assert rows == 3 * [1, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["early", "late"])
+def test_an_isolated_sample_s_maps_and_gradient_are_the_authors(name, golden_run):
+    golden, _, run, _ = golden_run
+    case, _ = tiny.golden_case("mag_a")
+    sample = case["samples"][name]
+    layers = ["input7", "input8", "output3", "output4", "output5"]  # in execution order
+    own = torch.stack([golden[f"{name}_map_{layer}"] for layer in layers])
+    inside = golden["mask_16"].flatten()[None]
+    losses = [token_ratio(m[None], case["word_token_indices"][0], inside) for m in own]
+    torch.testing.assert_close(torch.stack(losses).mean(), golden[f"{name}_loss_TR"][0], rtol=0, atol=1e-6)
+    losses = [spatial_ratio(m[None], case["word_token_indices"][0], inside, 3.0) for m in own]
+    torch.testing.assert_close(torch.stack(losses).mean(), golden[f"{name}_loss_SR"][0], rtol=0, atol=1e-6)
+    assert sample["sigma"] == pytest.approx(float(golden["sigmas"][sample["step_index"]]), rel=1e-6)
+    # the same maps and the gradient, from the UNet: a run of which only this step is made
+    spec = run.spec
+    latents = torch.cat([golden[f"{name}_source_ve"], torch.zeros_like(golden[f"{name}_source_ve"])])[:, None]
+    sigma = golden["sigmas"][sample["step_index"]]
+    levels = torch.stack([sigma, golden["sigmas"][-1]])
+    trajectory = Trajectory("ddim", spec.source.trajectory.model, levels, levels, latents, spec.source.prompt)
+    found = {}
+
+    class Once(mag.GuidedRun):
+        def before(self, _, __, arguments):
+            options, step = arguments["model_options"], sample["step_index"]
+            features = self._source_at(sigma, step, options)
+            conds = self._whole_prompt(sigma)
+            with mag.gradients():
+                z = mag.ordinary(golden[f"{name}_edit_ve"]).clone()
+                found["maps"] = [m.detach() for m in self.maps(z, sigma, step, features, conds, options)[0]]
+                found["value"], found["gradient"] = self._gradient(z, sigma, step, features, conds, options)
+            raise Enough
+
+    patcher = tiny.golden_model("mag_a", comfy.supported_models.SD15)
+    alone = mag.GuidanceSpec(
+        spec.pushes, spec.mask, spec.kind, 1, 1.0, 1.0, 3.0,
+        mag.Source(trajectory, spec.source.prompt, spec.source.control), RunLog("test"),
+    )  # fmt: skip
+    patcher.add_wrapper_with_key("outer_sample", mag.KEY, mag.MAGGuidance(alone))
+    start = patcher.get_model_object("latent_format").process_out(golden[f"{name}_edit_ve"])
+    original, mag.GuidedRun = mag.GuidedRun, Once
+    try:
+        comfy.sample.sample_custom(
+            patcher, torch.zeros_like(start), 3.0, comfy.samplers.sampler_object("euler"),
+            golden["sigmas"], [[golden["context_target"], {}]], [[golden["context_null"], {}]],
+            start, disable_pbar=True,
+        )  # fmt: skip
+    except Enough:
+        pass
+    finally:
+        mag.GuidedRun = original
+    for made, wanted in zip(found["maps"], own, strict=True):
+        torch.testing.assert_close(made[0], wanted, rtol=0, atol=5e-5)
+    assert tiny.relative(found["gradient"], golden[f"{name}_grad_ve"]) < 1e-4
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def some_attention(rows=2):
+    return torch.stack([tiny.randn(3, 6, 5, seed=seed).softmax(-1) for seed in range(rows)])
+
+
+def test_token_ratio_is_the_share_of_the_words_inside():
+    attention, inside = some_attention(), torch.tensor([[1.0, 0, 1, 0, 0, 1]])
+    expected = []
+    for row in attention:
+        shares = [torch.stack([p[[1, 3]].mean() / p.sum() for p in head[[0, 2, 5]]]).mean() for head in row]
+        expected.append(torch.stack([(1 - share) ** 2 for share in shares]).mean())
+    torch.testing.assert_close(token_ratio(attention, [1, 3], inside), torch.stack(expected))
+
+
+def test_spatial_ratio_is_the_share_of_the_words_attention_that_lies_inside():
+    attention, inside = some_attention(), torch.tensor([[1.0, 0, 1, 0, 0, 1]])
+    words = attention[..., [1, 3]].sum(-1)
+    share = words[..., [0, 2, 5]].sum(-1) / words.sum(-1)
+    torch.testing.assert_close(spatial_ratio(attention, [1, 3], inside, 3.0), (3 - 4 * share).mean(-1))
+
+
+def test_words_are_weighted_and_negative_ones_count_against():
+    maps, insides = [some_attention(), some_attention().flip(-1)], [torch.ones(1, 6), torch.ones(1, 6)]
+
+    def one(places):
+        return sum(token_ratio(m, places, i) for m, i in zip(maps, insides, strict=True)) / 2
+
+    pushes = [Push((1,)), Push((2, 3), 0.5), Push((4,), -0.25)]
+    made = constraint("token ratio", maps, insides, pushes, 3.0)
+    torch.testing.assert_close(made, (one([1]) + 0.5 * one([2, 3])) / 2 - 0.25 * one([4]))
+
+
+def test_an_unknown_constraint_is_named():
+    with pytest.raises(ValueError, match="constraint: 'ratio' is unknown; accepted are token ratio, spatial ratio"):
+        constraint("ratio", [some_attention()], [torch.ones(1, 6)], [Push((1,))], 3.0)
+
+
+# ---------------------------------------------------------------- in ComfyUI
+
+
+def mask():
+    region = torch.zeros(1, 8 * H, 8 * W)
+    region[:, 64:128, 32:96] = 1
+    return region
+
+
+def guided(patcher, source=None, **changes):
+    settings = {
+        "pushes": (Push((5,)),), "mask": mask(), "kind": "token ratio", "iterations": 2, "until": 0.5, "scale": 2.5,
+        "outside_weight": 3.0, "source": source, "log": RunLog("test"), **changes,
+    }  # fmt: skip
+    clone = patcher.clone()
+    clone.add_wrapper_with_key("outer_sample", mag.KEY, mag.MAGGuidance(mag.GuidanceSpec(**settings)))
+    return clone, settings["log"]
+
+
+def sampled(patcher, kind=tiny.SD15, sampler="euler", batch=1, **changes):
+    settings = {
+        "cfg": 4.0, "positive": tiny.prompt(kind, 2), "negative": tiny.prompt(kind, 3), "seed": 7,
+        "latent_image": torch.zeros(batch, 4, H, W), **changes,
+    }  # fmt: skip
+    noise = comfy.sample.prepare_noise(settings["latent_image"], 7)
+    return comfy.sample.sample(
+        patcher, noise, 4, settings.pop("cfg"), sampler, "normal", settings.pop("positive"),
+        settings.pop("negative"), settings.pop("latent_image"), disable_pbar=True, **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_constraint_falls_and_the_model_is_as_it_was(name, inference):
+    kind = KINDS[name]
+    patcher = tiny.model(kind, inference=inference)
+    before = sampled(patcher, kind)
+    clone, log = guided(patcher, iterations=3, scale=5.0)
+    made = sampled(clone, kind)
+    assert torch.isfinite(made).all()
+    assert tiny.relative(made, before) > 1e-3
+    for line in log.lines:
+        values = [float(value) for value in line.split(": ")[1].split(" → ")]
+        assert len(values) == 3
+        assert values == sorted(values, reverse=True)
+    assert torch.equal(sampled(clone, kind), made)
+    assert torch.equal(sampled(patcher, kind), before)
+
+
+def test_outside_of_the_guided_steps_nothing_is_different():
+    patcher = tiny.model(tiny.SD15)
+    assert torch.equal(sampled(guided(patcher, until=0.0)[0]), sampled(patcher))
+    assert torch.equal(sampled(guided(patcher, scale=0.0)[0]), sampled(patcher))
+
+
+def test_a_batch_is_guided_row_by_row():
+    patcher = tiny.model(tiny.SD15)
+    both = sampled(guided(patcher)[0], batch=2)
+    noise = comfy.sample.prepare_noise(torch.zeros(2, 4, H, W), 7)[1:]
+    alone = comfy.sample.sample(
+        guided(patcher)[0], noise, 4, 4.0, "euler", "normal", tiny.prompt(tiny.SD15, 2), tiny.prompt(tiny.SD15, 3),
+        torch.zeros(1, 4, H, W), disable_pbar=True, seed=7,
+    )  # fmt: skip
+    assert tiny.relative(both[1:], alone) < 1e-4
+
+
+def test_a_noise_mask_is_honoured():
+    patcher = tiny.model(tiny.SD15)
+    picture, inside = tiny.randn(1, 4, H, W, seed=1), torch.zeros(1, 1, H, W)
+    inside[..., 8:] = 1
+    made = sampled(guided(patcher)[0], latent_image=picture, noise_mask=inside)
+    assert torch.equal(made[..., :8], sampled(patcher, latent_image=picture, noise_mask=inside)[..., :8])
+
+
+@pytest.mark.parametrize("name", sorted(set(comfy.samplers.KSampler.SAMPLERS)))
+def test_samplers_go_on_with_a_latent_that_was_moved(name):
+    """Moved before its first evaluation, it is as if the run had begun there. All others are refused by name."""
+    sampler = comfy.samplers.sampler_object(name)
+    if mag.sampler_name(sampler) not in mag.SAMPLERS:
+        with pytest.raises(ValueError, match="sampler: MAG Guidance moves the latent that a sampler goes on with"):
+            mag.guided_sampler(sampler, None, None)
+        return
+    sigmas = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5])
+    patcher = tiny.model(tiny.SD15)
+
+    class Model:
+        class inner_model:  # noqa: N801
+            class inner_model:  # noqa: N801
+                model_sampling = patcher.get_model_object("model_sampling")
+                model_patcher = patcher
+
+            model_patcher = patcher
+
+        def __call__(self, x, sigma, model_options, **_):
+            for function in model_options.get("sampler_post_cfg_function", ()):
+                function({"denoised": 0.3 * x, "uncond_denoised": 0.2 * x})
+            return 0.3 * x
+
+    def run(start, moved):
+        waiting = [True]
+
+        def before(x, *_):
+            if waiting.pop() if waiting else False:
+                x.add_(moved)
+
+        function = mag.guided_sampler(sampler, before, lambda x: x).sampler_function
+        x = start.clone()
+        takes_noise = "noise_sampler" in inspect.signature(sampler.sampler_function).parameters
+        options = {"noise_sampler": lambda *_: torch.zeros_like(x)} if takes_noise else {}
+        return function(Model(), x, sigmas, extra_args={"model_options": {}}, disable=True, **options)
+
+    start, move = tiny.randn(1, 4, 8, 8, seed=3), tiny.randn(1, 4, 8, 8, seed=4)
+    assert tiny.relative(run(start, move), run(start + move, 0.0)) < 1e-5
+    assert tiny.relative(run(start, move), run(start, 0.0)) > 1e-2
+
+
+def test_prompt_to_prompt_without_iterations_is_that_of_paired_rows(model):
+    """And outside the mask the source comes back in the last steps."""
+    kind = tiny.SD15
+    sampled_once, trajectory, _ = RecordTrajectory.execute(
+        model, 7, 4, 1.0, "euler", "normal", tiny.prompt(kind, 1), tiny.prompt(kind, 3), tiny.latent(H, W), 1.0
+    ).args
+    control = PromptControl(torch.eye(77), torch.ones(77), torch.full((77,), 0.8), torch.ones(77), 0.5)
+    source = mag.Source(trajectory, tiny.prompt(kind, 1), control)
+    made = sampled(guided(model, source, scale=0.0, mask=torch.ones(1, 8 * H, 8 * W))[0])
+    plain = sampled(guided(model, scale=0.0)[0])
+    assert tiny.relative(made, plain) > 1e-2
+    pasted = sampled(guided(model, source, scale=0.0)[0])
+    assert torch.equal(pasted[:, :, :6], sampled_once["samples"][:, :, :6])
+
+
+def test_the_mask_must_be_there_where_the_constraint_is_measured():
+    small = torch.zeros(1, 8 * H, 8 * W)
+    small[:, 9:12, 9:12] = 1
+    with pytest.raises(ValueError, match=r"mask: nothing is left of it at 4 × 6, .* a square of 32 × 32 of its pixels"):
+        sampled(guided(tiny.model(tiny.SD15), mask=small)[0])
+
+
+def test_the_constraint_is_measured_in_the_authors_five_layers():
+    table = layer_table(tiny.golden_model("mag_a", comfy.supported_models.SD15))
+    five = {("input", 7, 0), ("input", 8, 0), ("output", 3, 0), ("output", 4, 0), ("output", 5, 0)}
+    assert mag.map_layers(table) == five
+
+
+# ---------------------------------------------------------------- the node
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return loader.load()
+
+
+def node(demo, **changes):
+    model, clip, _ = demo
+    settings = {
+        "model": model, "clip": clip, "edit_text": "a red car and a blue car on a grey street", "words": "blue",
+        "mask": rectangle(), "constraint": "token ratio", "preset": "paper", "iterations": 2, "until": 0.5,
+        "scale": 2.5, "spatial_weight": 3.0, "negative_words": "", "negative_scale": 0.0, **changes,
+    }  # fmt: skip
+    return MAGGuidance.execute(**settings).args
+
+
+def rectangle():
+    region = torch.zeros(1, 256, 256)
+    region[:, 64:192, 128:240] = 1
+    return region
+
+
+def spec_of(patched):
+    return patched.wrappers["outer_sample"][mag.KEY][0].spec
+
+
+def test_words_are_found_with_their_weights(demo):
+    spec = spec_of(node(demo, words="blue: 0.5, grey street", negative_words="red", negative_scale=0.4)[0])
+    assert spec.pushes == (Push((6,), 0.5), Push((10, 11)), Push((2,), -0.4))
+    assert spec_of(node(demo, negative_words="red")[0]).pushes == (Push((6,)),)
+
+
+def test_the_fast_preset_takes_fewer_and_longer_steps(demo):
+    spec = spec_of(node(demo, preset="fast", iterations=15)[0])
+    assert (spec.iterations, spec.scale) == (5, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"words": ""}, "words: it is empty"),
+        ({"words": "green"}, "words: 'green' is not a word of"),
+        ({"words": "blue: -1"}, "words: 'blue: -1' has a weight of -1; accepted are numbers above 0"),
+        ({"mask": torch.zeros(1, 256, 256)}, "mask: it is empty"),
+        ({"constraint": "ratio"}, "constraint: 'ratio' is unknown; accepted are token ratio, spatial ratio"),
+        ({"preset": "slow"}, "preset: 'slow' is unknown; accepted are paper, fast"),
+        ({"iterations": 0}, "iterations: 0 is out of range"),
+        ({"until": 1.5}, "until: 1.5 is out of range"),
+        ({"prompt_control": "control"}, "trajectory: prompt_control needs one"),
+    ],
+)
+def test_a_bad_input_is_named(demo, changes, said):
+    if "prompt_control" in changes:
+        changes = {"prompt_control": p2p(demo)[0]}
+    with pytest.raises(ValueError, match=said):
+        node(demo, **changes)
+
+
+def p2p(demo, edit="a red car and a blue car on a grey street", words=""):
+    source = "a red car and a red car on a grey street"
+    return PromptToPrompt.execute(demo[1], source, edit, "refine", 0.8, 0.5, "", "", words).args
+
+
+def test_the_prompt_control_must_be_of_the_same_text_and_without_local_blend(demo):
+    model = demo[0]
+    control, source, _ = p2p(demo, edit="a red car and a green car on a grey street")
+    trajectory = DDIMInversion.execute(model, source, {"samples": torch.zeros(1, 4, 32, 32)}, 2, "normal", 0).args[0]
+    with pytest.raises(ValueError, match="edit_text: it is not the edit_text of the Prompt to Prompt"):
+        node(demo, prompt_control=control, trajectory=trajectory)
+    with pytest.raises(ValueError, match="prompt_control: it has local_blend_words"):
+        node(demo, prompt_control=p2p(demo, words="car")[0], trajectory=trajectory)
+    assert spec_of(node(demo, prompt_control=p2p(demo)[0], trajectory=trajectory)[0]).source.control is not None
+
+
+def test_a_second_guidance_on_one_model_is_refused(demo):
+    with pytest.raises(ValueError, match="model: it has a MAG Guidance already"):
+        node(demo, model=node(demo)[0])
+
+
+# ---------------------------------------------------------------- through the server
+
+
+def graph(again=False, **changes):
+    """A picture with a guided word, one without, and what the run tells. again: not from ComfyUI's cache."""
+    size = {"width": 256, "height": 256}
+    text = "a red car and a blue car on a grey street"
+    guidance = {
+        "model": ["model", 0], "clip": ["model", 1], "edit_text": text, "words": "blue", "mask": ["mask", 0],
+        "constraint": "token ratio", "preset": "fast", "iterations": 6, "until": 0.5, "scale": 2.5,
+        "spatial_weight": 3.0, "negative_words": "", "negative_scale": 0.0, **changes,
+    }  # fmt: skip
+    nodes = {
+        "model": ("PartsWorldLoader", {}),
+        "positive": ("CLIPTextEncode", {"clip": ["model", 1], "text": text}),
+        "negative": ("CLIPTextEncode", {"clip": ["model", 1], "text": ""}),
+        "nothing": ("SolidMask", {"value": 0.0, **size}),
+        "half": ("SolidMask", {"value": 1.0, "width": 120, "height": 128}),
+        "mask": ("MaskComposite", {
+            "destination": ["nothing", 0], "source": ["half", 0], "x": 128, "y": 64, "operation": "add",
+        }),
+        "empty": ("EmptyLatentImage", {**size, "batch_size": 1}),
+        "latent": ("LatentFromBatch" if again else "RepeatLatentBatch", {
+            "samples": ["empty", 0], **({"batch_index": 0, "length": 1} if again else {"amount": 1}),
+        }),
+        "guided": ("MAGGuidance", guidance),
+    }  # fmt: skip
+    for name, model in (("with", "guided"), ("without", "model")):
+        nodes[name] = ("KSampler", {
+            "model": [model, 0], "seed": 3, "steps": 4, "cfg": 7.5, "sampler_name": "euler",
+            "scheduler": "ddim_uniform", "positive": ["positive", 0], "negative": ["negative", 0],
+            "latent_image": ["latent", 0], "denoise": 1.0,
+        })  # fmt: skip
+        nodes[f"{name} picture"] = ("VAEDecode", {"samples": [name, 0], "vae": ["model", 2]})
+        nodes[f"{name} saved"] = ("PreviewImage", {"images": [f"{name} picture", 0]})
+    nodes["log"] = ("RunLogShow", {"run_log": ["guided", 1], "latent": ["with", 0]})
+    nodes["curve"] = ("PreviewImage", {"images": ["log", 0]})
+    nodes["values"] = ("PreviewAny", {"source": ["log", 2]})
+    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
+
+
+def test_a_server_guides_with_gradients_and_leaves_the_model_as_it_was(server):
+    outputs = server.run(graph())["outputs"]
+    values = outputs["values"]["text"][0].splitlines()
+    assert len(values) == 2
+    for line in values:
+        numbers = [float(value) for value in line.split(": ")[1].split(" → ")]
+        assert len(numbers) == 2
+        assert numbers[1] < numbers[0]
+    pictures = {name: server.fetch(outputs[f"{name} saved"]["images"][0]) for name in ("with", "without")}
+    assert pictures["with"] != pictures["without"]
+    assert outputs["curve"]["images"]
+    with pytest.raises(ComfyError, match="words: 'green' is not a word of"):
+        server.run(graph(words="green"))
+    again = server.run(graph(again=True))["outputs"]
+    assert server.fetch(again["with saved"]["images"][0]) == pictures["with"]
+    assert server.fetch(again["without saved"]["images"][0]) == pictures["without"]
