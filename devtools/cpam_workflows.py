@@ -159,10 +159,10 @@ def _workflow(info: Json, name: str, task: Task) -> Workflow:
         noise_seed=task.seed, cfg=task.cfg, positive=prompt[0], negative=empty[0], sampler=sampler[0],
         sigmas=inverted[2], latent_image=start,
     )  # fmt: skip
-    flow.group("5. Look", at=(1490, 0), size=(920, 530))
+    flow.group("5. Look", at=(1490, 0), size=(920, 560))
     edited = flow.node("VAEDecode", at=(1810, 75), size=(280, 50), samples=sampled[0], vae=model[2])
-    save_picture(flow, photo, "photo", (1510, 150), 280)
-    save_picture(flow, edited, "edited", (1810, 150), 280)
+    save_picture(flow, photo, "photo", (1510, 180), 280)
+    save_picture(flow, edited, "edited", (1810, 180), 280)
     shown = flow.node("RunLogShow", at=(2110, 75), size=(280, 70), run_log=run_log, latent=sampled[0])
     flow.node("PreviewImage", at=(2110, 195), size=(280, 310), title="masks of all steps", images=shown[0])
     return flow
@@ -172,7 +172,7 @@ def _start(flow: Workflow, task: Task, inverted: Node, photo: Node, latent: Node
     """The latent that sampling begins with, and where the object may be if that is not its widened mask."""
     if task.start == RECORDED:
         return inverted[1], None
-    flow.group(task.start[0].upper() + task.start[1:], at=(360, 320), size=(330, 290 if task.start == FRESH else 820))
+    flow.group(task.start[0].upper() + task.start[1:], at=(360, 320), size=(330, 290 if task.start == FRESH else 930))
     if task.start == FRESH:
         wide = flow.node(
             "GrowMask", at=(380, 395), size=(290, 82), mask=photo[1], expand=task.grow, tapered_corners=True
@@ -186,12 +186,12 @@ def _start(flow: Workflow, task: Task, inverted: Node, photo: Node, latent: Node
         "MaskComposite", at=(380, 645), size=(290, 126), destination=photo[1], source=mirrored[0], x=0, y=0,
         operation="add",
     )  # fmt: skip
-    wide = flow.node("GrowMask", at=(380, 740), size=(290, 82), mask=both[0], expand=10, tapered_corners=True)
+    wide = flow.node("GrowMask", at=(380, 830), size=(290, 82), mask=both[0], expand=10, tapered_corners=True)
     flipped = flow.node(
-        "LatentFlip", at=(380, 870), size=(290, 58), samples=inverted[1], flip_method="y-axis: horizontally"
+        "LatentFlip", at=(380, 965), size=(290, 58), samples=inverted[1], flip_method="y-axis: horizontally"
     )
     start = flow.node(
-        "LatentCompositeMasked", at=(380, 965), size=(290, 146), destination=inverted[1], source=flipped[0], x=0, y=0,
+        "LatentCompositeMasked", at=(380, 1075), size=(290, 146), destination=inverted[1], source=flipped[0], x=0, y=0,
         resize_source=False, mask=wide[0],
     )  # fmt: skip
     return start[0], wide[0]

@@ -15,6 +15,7 @@ from PIL import Image
 
 from scalpel.devtools import make_workflows
 from scalpel.devtools.server import CHECKOUT, ComfyError
+from scalpel.partsworld.judge import Judge
 
 WORKFLOWS = CHECKOUT / "example_workflows"
 API_FILE = {
@@ -230,6 +231,44 @@ def photo():
 def decibels(a, b):
     """PSNR, without infinity."""
     return -10 * np.log10(max(((a - b) ** 2).mean(), 1e-10))
+
+
+def dog():
+    return np.asarray(Image.open(CHECKOUT / "partsworld/pictures/partsworld_dog/dog_01.png").convert("RGB")) / 255.0
+
+
+CPAM = {
+    "replace_object": ("car", "beach", {"body": "red", "hood": "red"}),
+    "keep_object": ("dog", "beach", {"head": "blue", "torso": "yellow", "legs": "purple", "tail": "yellow"}),
+    "change_background": ("dog", "field", {"head": "blue", "torso": "yellow", "legs": "purple", "tail": "yellow"}),
+    "remove_object": (None, "beach", {}),
+}
+
+
+@pytest.mark.parametrize("name", CPAM)
+def test_a_template_of_cpam_runs_untouched_and_does_what_it_says(server, name):
+    prompt = api_workflow(name)
+    found = pictures(server, prompt, server.run(prompt))
+    kind, background, colours = CPAM[name]
+    seen = Judge()(found["edited"])
+    assert (seen.kind, seen.background) == (kind, background)
+    assert {part: seen.colours[part] for part in colours} == colours
+    if name == "keep_object":
+        before = Judge()(dog())
+        old, new = (verdict.masks["head"].nonzero()[1].mean() for verdict in (before, seen))
+        assert old > 128 > new  # it has turned round
+    if background == "beach":  # the upper corners are far from the dog
+        assert decibels(found["edited"][:24], dog()[:24]) > 25
+
+
+def test_region_prompts_run_untouched_and_the_colours_are_where_they_belong(server):
+    prompt = api_workflow("region_prompts")
+    found = pictures(server, prompt, server.run(prompt))
+    red, blue = (lambda p: p[..., 0] - p[..., 2] > 0.4, lambda p: p[..., 2] - p[..., 0] > 0.4)
+    left, right = found["regions"][:, :128], found["regions"][:, 128:]
+    assert red(left).mean() > 10 * blue(left).mean()
+    assert blue(right).mean() > 10 * red(right).mean()
+    assert red(left).mean() > 0.05 < blue(right).mean()
 
 
 def test_find_a_part_runs_untouched(server):
