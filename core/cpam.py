@@ -31,8 +31,15 @@ def dilated(mask: torch.Tensor, fraction: float) -> torch.Tensor:
 
 
 def softened(mask: torch.Tensor, softness: float) -> torch.Tensor:
-    """Masks [n, H, W] with edges blurred by a Gaussian whose sigma is `softness` times the root of each one's area."""
-    return _each(mask, lambda one: ndimage.gaussian_filter(one.cpu().numpy(), softness * float(one.sum()) ** 0.5))
+    """Masks [n, H, W] with edges blurred by a Gaussian whose sigma is `softness` times the root of each one's area; the
+    largest value stays 1.
+    """
+
+    def blur(one: torch.Tensor) -> np.ndarray:
+        blurred = ndimage.gaussian_filter(one.cpu().numpy(), softness * float(one.sum()) ** 0.5)
+        return blurred / max(float(blurred.max()), 1e-6) * float(one.max())
+
+    return _each(mask, blur)
 
 
 def _each(mask: torch.Tensor, change: Callable[[torch.Tensor], np.ndarray]) -> torch.Tensor:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scalpel.core.cpam import FollowingMask, Share, divided, keys_at
+from scalpel.core.cpam import FollowingMask, Share, divided, keys_at, softened
 from scalpel.core.unet import cpam
 from scalpel.core.unet.attention import attention
 from scalpel.core.unet.layers import layer_table
@@ -275,6 +275,14 @@ def test_each_part_sees_only_the_queries_that_it_counts_for():
     made = divided(torch.zeros(1, 4, 2), (inside, asking("inside")), (outside, asking("outside")))
     assert asked == {"inside": [1, 2, 3], "outside": [0, 1, 2]}
     torch.testing.assert_close(made[0, :, 0], torch.tensor([10.0, 7.3, 3.7, 1.0]))
+
+
+@pytest.mark.parametrize("softness", [0.05, 0.5, 1.0])
+def test_a_softened_mask_is_never_empty(softness):
+    soft = softened(torch.nn.functional.pad(torch.ones(1, 40, 40), (20, 60, 30, 10)), softness)
+    assert soft.max() == pytest.approx(1.0, abs=1e-5)
+    assert (soft > 0.5).any()
+    assert ((soft > 0.01) & (soft < 0.99)).any()
 
 
 def test_no_keys_at_all_give_the_mean_of_all_values():

@@ -254,6 +254,15 @@ def test_another_pack_s_attn2_patch_acts_on_the_prompt(model, trajectory):
     assert tiny.relative(sampled(cross(patched, **everywhere)[0], trajectory), expected) < 1e-5
 
 
+def test_a_node_that_merges_places_is_named(model, trajectory, alone):
+    """As Token Merging does; a mask would point at places that are not there."""
+    patched = both(model, trajectory)
+    patched.set_model_attn1_patch(lambda n, context, value, options: (n[:, ::2], context, value))
+    with pytest.raises(ValueError, match=r"model: attention has \d+ places where the layer has .*Token Merging"):
+        sampled(patched, trajectory)
+    assert torch.equal(sampled(both(model, trajectory), trajectory), alone)
+
+
 def test_output_patches_see_what_ours_have_made_of_every_row(model, trajectory, alone):
     seen = {"attn1": [], "attn2": []}
 

@@ -55,9 +55,10 @@ def golden_run():
         case, golden = tiny.golden_case("mag_a")
         patcher = tiny.golden_model("mag_a", comfy.supported_models.SD15)
         sigmas = golden["sigmas"]
-        latents = torch.cat([golden["loop_start_ve"], golden["loop_source_ve"]])[:, None]
+        known = torch.cat([golden["loop_start_ve"], golden["loop_source_ve"]])[:, None]
+        latents = torch.cat([known, known[-1:].expand(len(sigmas) - 4, -1, -1, -1, -1)])  # the rest is never shown
         source = [[golden["context_source"], {}]]
-        trajectory = Trajectory("ddim", model_mark(patcher), sigmas[:4], sigmas[:4], latents, source)
+        trajectory = Trajectory("ddim", model_mark(patcher), sigmas, sigmas, latents, source)
         spec = mag.GuidanceSpec(
             tuple(Push(tuple(places)) for places in case["word_token_indices"]), golden["mask"][None], "token ratio",
             case["inner_iterations_loop"], 0.5, case["scale"], 3.0,
@@ -129,9 +130,8 @@ def test_an_isolated_sample_s_maps_and_gradient_are_the_authors(name, golden_run
     assert sample["sigma"] == pytest.approx(float(golden["sigmas"][sample["step_index"]]), rel=1e-6)
     # the same maps and the gradient, from the UNet: a run of which only this step is made
     spec = run.spec
-    latents = torch.cat([golden[f"{name}_source_ve"], torch.zeros_like(golden[f"{name}_source_ve"])])[:, None]
-    sigma = golden["sigmas"][sample["step_index"]]
-    levels = torch.stack([sigma, golden["sigmas"][-1]])
+    sigma, levels = golden["sigmas"][sample["step_index"]], golden["sigmas"]
+    latents = golden[f"{name}_source_ve"].expand(len(levels), 1, -1, -1, -1)
     trajectory = Trajectory("ddim", spec.source.trajectory.model, levels, levels, latents, spec.source.prompt)
     found = {}
 

@@ -30,6 +30,17 @@ def _takes_options(function: Callable[..., Any]) -> bool:
     return any(p.name == "transformer_options" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
+def check_places(options: dict[str, Any], *tensors: torch.Tensor) -> None:
+    """ValueError unless queries (and keys of self-attention) [rows, places, C] have the layer's own h · w places."""
+    h, w = options["activations_shape"][-2:]
+    found = {tensor.shape[1] for tensor in tensors} - {h * w}
+    if found:
+        raise ValueError(
+            f"model: attention has {found.pop()} places where the layer has {h} × {w}: another node on this model "
+            "(Token Merging, HyperTile) merges or splits them, and a mask has no meaning there; take it off the model"
+        )
+
+
 def replace_attention(
     options: dict[str, Any], name: str, table: LayerTable, function: Callable[..., torch.Tensor]
 ) -> None:

@@ -18,7 +18,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from ..cpam import FollowingMask, divided, keys_at, word_attention
 from ..run_log import RunLog
 from ..trajectory import Conditioning, Trajectory
-from .attention import Replacement, attention, replace_attention
+from .attention import Replacement, attention, check_places, replace_attention
 from .capture import spatial_size
 from .evaluation import Area, ConditionKey, Evaluation
 from .layer_masks import LayerMask
@@ -111,8 +111,11 @@ class CPAM:
     def __call__(self, executor: Any, noise: torch.Tensor, latent: torch.Tensor, sampler: Any, sigmas: torch.Tensor,
                  *args: Any, **kwargs: Any) -> Any:  # fmt: skip
         run = CPAMRun(self.spec, executor.class_obj, sigmas, sampler, (noise.shape[-2], noise.shape[-1]))
-        result = executor(noise, latent, sampler, sigmas, *args, **kwargs)
-        run.finish()
+        try:
+            result = executor(noise, latent, sampler, sigmas, *args, **kwargs)
+            run.finish()
+        finally:
+            run.release()
         return result
 
 
@@ -173,11 +176,17 @@ class CPAMRun:
         self.following = LayerMask(mask, self.latent, "refined mask")
         self.targets[self.evaluation.step] = mask.cpu()
 
+    def release(self) -> None:
+        """Let go of the source's keys and values; the run's parts hold each other, and wait for Python's collector."""
+        self.evaluation.listeners.clear()
+        if self.own is not None:
+            self.own.references.clear()
+
     def finish(self) -> None:
         """Fill the logs with the target mask of each step."""
         self.evaluation.finish()
         for part, given in ((self.spec.self_attention, self.own), (self.spec.cross_attention, self.cross)):
-            if part is not None and given is not None:
+            if part is not None and given is not None and self.evaluation.steps:
                 masks = self._masks(part.target_mask)
                 part.log.masks = masks
                 part.log.lines = [
@@ -221,13 +230,14 @@ class _SelfAttention:
         self.target = LayerMask(spec.target_mask, run.latent, "target_mask")
         generator = torch.Generator().manual_seed(spec.seed)
         self.plain = torch.rand(run.evaluation.steps, len(run.table), generator=generator) < spec.plain_fraction
-        self._references: dict[Address, _Reference] = {}
+        self.references: dict[Address, _Reference] = {}
 
     def __call__(
         self, inner: Replacement | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
     ) -> torch.Tensor:
         run, address = self.run, address_of(options)
         layer, step, size = run.order[address], run.evaluation.step, spatial_size(options)
+        check_places(options, q, k)
         if self.plain[step, layer]:
             return (inner or attention)(q, k, v, options)
         out = torch.empty_like(q) if inner is None else inner(q, k, v, options).clone()
@@ -236,7 +246,7 @@ class _SelfAttention:
         groups: dict[tuple[Area, int, int], list[tuple[int, int]]] = {}  # rows with equal masks: (row, its image)
         for key, rows in run.chunks(len(q), options):
             if self.rider.is_source(key[0]):
-                self._references[address] = _Reference(k[rows].clone(), v[rows].clone(), size)
+                self.references[address] = _Reference(k[rows].clone(), v[rows].clone(), size)
                 if inner is None:
                     out[rows] = attention(q[rows], k[rows], v[rows], options)
                 continue
@@ -248,7 +258,7 @@ class _SelfAttention:
             numbers, images = (list(column) for column in zip(*members, strict=True))
             given = None if inner is None else out[numbers]
             ordinary = self._ordinary(k[numbers], v[numbers], given, options)
-            source = self._references[address]
+            source = self.references[address]
             background = self.source.at(kept, None, source.size, q.device)[1]
             from_background = source.attend(images, background.most, options)
             if self.spec.remove:
@@ -280,18 +290,20 @@ class _CrossAttention:
         self.follow = self.spec.follow if self.spec else None
         self.mask = FollowingMask(self.follow.threshold) if self.follow else None
         self._sigma = float("inf")
+        self._again: bool | None = None  # a noise level has begun: another, or the same once more
         run.evaluation.listeners.append(self._begin)
 
     def _begin(self, _: torch.Tensor) -> None:
         now = self.run.evaluation
-        if self.mask is not None and not now.again:
-            self.mask.next_level(again=now.sigma == self._sigma)
+        if not now.again:
+            self._again = now.sigma == self._sigma
         self._sigma = now.sigma
 
     def __call__(
         self, inner: Replacement | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
     ) -> torch.Tensor:
         now, run = self.run.evaluation, self.run
+        check_places(options, q)
         out = attention(q, k, v, options) if inner is None else inner(q, k, v, options).clone()
         for key, rows in run.chunks(len(q), options):
             if key not in now.positive:
@@ -336,6 +348,9 @@ class _CrossAttention:
                 f"text: it has a word at place {max(words)}, but the positive prompt of the sampler has {k.shape[1]} "
                 "places; give CPAM Cross-Attention the text of that prompt"
             )
+        if self._again is not None:  # only now: an extra pass without the positive prompt (SAG) has no maps
+            self.mask.next_level(again=self._again)
+            self._again = None
         attended, largest = word_attention(q, k, list(words), run.table[address].heads)
         self.mask.add(attended.unflatten(-1, spatial_size(options)), largest, run.latent)
         if done == layers:

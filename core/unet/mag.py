@@ -25,13 +25,14 @@ from ..null_text import scaled_gradient
 from ..prompt_to_prompt import PromptControl
 from ..run_log import RunLog
 from ..trajectory import Conditioning, Trajectory, same_level
-from .attention import Replacement, attention, replace_attention
+from .attention import Replacement, attention, check_places, replace_attention
 from .capture import spatial_size
 from .evaluation import Evaluation
 from .gradients import gradients, ordinary
 from .inputs import check_aspect
 from .layers import Address, LayerTable, address_of, layer_table
-from .replay import function_of
+from .replay import check_latent_size, function_of
+from .rider import NOT_OF_THE_RECORD
 
 KEY = "scalpel.mag"
 MAP_LEVEL = "level:16"
@@ -41,10 +42,14 @@ BLEND_FROM = 0.7
 SAMPLERS = frozenset({
     "ddpm", "deis", "dpm_2", "dpm_2_ancestral", "dpmpp_2m", "dpmpp_2m_cfg_pp", "dpmpp_2m_sde", "dpmpp_2m_sde_gpu",
     "dpmpp_2s_ancestral", "dpmpp_2s_ancestral_cfg_pp", "dpmpp_3m_sde", "dpmpp_3m_sde_gpu", "dpmpp_sde", "dpmpp_sde_gpu",
-    "euler", "euler_ancestral", "euler_ancestral_cfg_pp", "euler_cfg_pp", "gradient_estimation", "heun", "heunpp2",
-    "ipndm", "ipndm_v", "lcm", "lms", "res_multistep", "res_multistep_cfg_pp",
+    "euler", "euler_ancestral", "euler_ancestral_cfg_pp", "euler_cfg_pp", "gradient_estimation", "ipndm", "ipndm_v",
+    "lcm", "lms", "res_multistep", "res_multistep_cfg_pp",
 })  # fmt: skip
-"""Those that show the model their own latent at the start of each step, and go on with it: moved, it stays moved."""
+"""Those that show the model their own latent at the start of each step, and go on with it: moved, it stays moved. (heun
+shows it a trial point at the next step's noise level first.)
+"""
+LARGEST_SIGMA = 14.7
+"""SD's and SDXL's; models of zero terminal SNR begin at 4500, by which no latent should be moved."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class MAGGuidance:
 
     def __call__(self, executor: Any, noise: torch.Tensor, latent: torch.Tensor, sampler: Any, sigmas: torch.Tensor,
                  *args: Any, **kwargs: Any) -> Any:  # fmt: skip
-        run = GuidedRun(self.spec, executor.class_obj, sigmas, (noise.shape[-2], noise.shape[-1]))
+        run = GuidedRun(self.spec, executor.class_obj, sigmas, (len(noise), *noise.shape[-2:]))
         result = executor(noise, latent, guided_sampler(sampler, run.before, run.after), sigmas, *args, **kwargs)
         run.finish()
         return result
@@ -137,15 +142,25 @@ Features = dict[tuple[str, Address], tuple[torch.Tensor, torch.Tensor]]
 class GuidedRun:
     """State of one sampling run. values: of the constraint, by step, before each of its inner iterations."""
 
-    def __init__(self, spec: GuidanceSpec, guider: Any, sigmas: torch.Tensor, latent: tuple[int, int]) -> None:
+    def __init__(self, spec: GuidanceSpec, guider: Any, sigmas: torch.Tensor, shape: tuple[int, int, int]) -> None:
+        """shape: (rows, h, w) of the latent."""
+        rows, latent = shape[0], shape[1:]
+        if spec.source is not None:
+            check_latent_size(spec.source.trajectory, latent)
+            spec.source.trajectory.image_of(rows)
+            for sigma in sigmas.tolist():
+                spec.source.trajectory.at(sigma)
         check_aspect(spec.mask, (8 * latent[0], 8 * latent[1]), "mask")
+        if rows % len(spec.mask):
+            raise ValueError(f"mask: {len(spec.mask)} masks for {rows} pictures; give 1, or one for each")
         self.spec = spec
         self.guider = guider
         self.table: LayerTable = layer_table(guider.model_patcher)
         self.map_layers = map_layers(self.table)
         self.evaluation = Evaluation(guider, sigmas, KEY)
         self.values: dict[int, list[float]] = {}
-        self.mask = F.interpolate(spec.mask[:, None].float(), latent, mode="nearest")  # [n, 1, h, w]
+        self.whole_mask = spec.mask[[row % len(spec.mask) for row in range(rows)]].float()  # [rows, H, W]
+        self.mask = F.interpolate(self.whole_mask[:, None], latent, mode="nearest")
         self.bar = comfy.utils.ProgressBar(self.evaluation.steps * (spec.iterations + 1))
         self._source_sigma = float("nan")
         self._source: Features = {}
@@ -179,17 +194,21 @@ class GuidedRun:
         """The source's queries and keys at a noise level; empty if nothing is taken of them. One UNet row an image."""
         takes = self._control(step) is not None or any(self._takes_self_attention(step, a) for a in self.table.layers)
         if not takes:
+            self._source, self._taken_maps, self._source_sigma = {}, {}, float("nan")
             return {}
         if sigma != self._source_sigma:
             assert self.spec.source is not None
             x = self.spec.source.trajectory.at(sigma).to(self.guider.model_patcher.load_device)
+            self._source, self._taken_maps = {}, {}  # not beside the new ones
             found: Features = {}
+            wanted = {"attn1": self._takes_self_attention, "attn2": lambda step, _: self._control(step) is not None}
 
             def keep(name: str, last: Address | None) -> Callable[..., torch.Tensor]:
                 def kept(inner: Replacement | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                          options: dict[str, Any]) -> torch.Tensor:  # fmt: skip
                     address = address_of(options)
-                    found[name, address] = (q, k)
+                    if wanted[name](step, address):
+                        found[name, address] = (q, k)
                     if address == last:
                         raise _Enough
                     return (inner or attention)(q, k, v, options)
@@ -198,7 +217,9 @@ class GuidedRun:
 
             with torch.no_grad():
                 patches = {"attn1": keep("attn1", None), "attn2": keep("attn2", list(self.table.layers)[-1])}
-                self._run(self.guider.conds[KEY], x, sigma, model_options, patches)
+                own = self.spec.source.prompt[0][1]
+                entry = {k: v for k, v in self.guider.conds[KEY][0].items() if k not in NOT_OF_THE_RECORD or k in own}
+                self._run([entry], x, sigma, model_options, patches)
             self._source_sigma, self._source, self._taken_maps = sigma, found, {}
         return self._source
 
@@ -240,7 +261,12 @@ class GuidedRun:
     def _positive_rows(self, count: int, options: dict[str, Any]) -> list[slice]:
         keys = self.evaluation.keys(options)
         size = count // len(keys)
-        return [slice(i * size, (i + 1) * size) for i, key in enumerate(keys) if key in self.evaluation.positive]
+        now = self.evaluation
+        return [
+            slice(i * size, (i + 1) * size)
+            for i, key in enumerate(keys)
+            if key in now.positive and now.areas[key] is None
+        ]
 
     def _injections(
         self, features: Features, step: int, positive: Callable[[int, dict[str, Any]], list[slice]]
@@ -257,6 +283,7 @@ class GuidedRun:
                            options: dict[str, Any]) -> torch.Tensor:  # fmt: skip
             address = address_of(options)
             if self._takes_self_attention(step, address):
+                check_places(options, q, k)
                 q, k = q.clone(), k.clone()
                 for rows in positive(len(q), options):
                     q[rows], k[rows] = own_rows("attn1", address, rows)
@@ -313,7 +340,7 @@ class GuidedRun:
         region = self.mask.to(x)
         if arguments.get("denoise_mask") is not None:
             region = region * arguments["denoise_mask"]
-        factor = spec.scale * sigma * (1 + sigma**2)
+        factor = spec.scale * min(sigma, LARGEST_SIGMA) * (1 + sigma**2)
         conds = self._whole_prompt(sigma)
         with gradients():
             z = ordinary(x).clone()
@@ -341,8 +368,19 @@ class GuidedRun:
         z = z.detach().requires_grad_()
         maps, sizes = self.maps(z, sigma, step, features, conds, model_options)
         insides = [self._inside(size, z.device) for size in sizes]
+        places = [place for push in self.spec.pushes for place in push.tokens]
+        if max(places) >= maps[0].shape[-1]:
+            raise ValueError(
+                f"edit_text: it has a word at place {max(places)}, but the sampler's positive prompt has "
+                f"{maps[0].shape[-1]} places; give MAG Guidance the text of that prompt"
+            )
         value = constraint(self.spec.kind, maps, insides, self.spec.pushes, self.spec.outside_weight)
-        return value.detach(), scaled_gradient(value.sum(), z, 2.0**12)
+        gradient = scaled_gradient(value.sum(), z, 2.0**12)
+        if not torch.isfinite(gradient).all():
+            raise ValueError(
+                "model: the gradient through it is not finite; start ComfyUI with --force-fp32, or --bf16-unet"
+            )
+        return value.detach(), gradient
 
     def maps(
         self, z: torch.Tensor, sigma: float, step: int, features: Features, conds: list[dict[str, Any]],
@@ -360,16 +398,29 @@ class GuidedRun:
             address = address_of(options)
             if address not in self.map_layers:
                 return injections["attn2"](inner, q, k, v, options)
+            check_places(options, q)
             heads = options["n_heads"]
             attended = self._injected(address, q, k, heads, step, features)
             maps.append(attended)
             sizes.append(spatial_size(options))
             if len(maps) == len(self.map_layers):
                 raise _Enough
+            if inner is not None:  # another node adds to the output (IPAdapter)
+                return injections["attn2"](inner, q, k, v, options)
             values = v[:, : attended.shape[-1]].unflatten(-1, (heads, -1)).transpose(1, 2)
             return (attended.to(v) @ values).transpose(1, 2).flatten(2)
 
-        self._run(conds, z, sigma, model_options, {"attn1": injections["attn1"], "attn2": cross_attention})
+        def self_attention(inner: Replacement | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                           options: dict[str, Any]) -> torch.Tensor:  # fmt: skip
+            out = injections["attn1"](inner, q, k, v, options)
+            if v.requires_grad and not out.requires_grad:
+                raise ValueError(
+                    "model: its attention has no backward pass (sage attention has none); start ComfyUI with another "
+                    "(--use-pytorch-cross-attention)"
+                )
+            return out
+
+        self._run(conds, z, sigma, model_options, {"attn1": self_attention, "attn2": cross_attention})
         return maps, sizes
 
     def _injected(
@@ -390,7 +441,7 @@ class GuidedRun:
 
     def _inside(self, size: tuple[int, int], device: torch.device) -> torch.Tensor:
         if size not in self.insides:
-            small = F.interpolate(self.spec.mask[:, None].float(), size, mode="nearest").flatten(1)
+            small = F.interpolate(self.whole_mask[:, None], size, mode="nearest").flatten(1)
             if not small.any(1).all():
                 h, w = size
                 least = -(-self.spec.mask.shape[-1] // w), -(-self.spec.mask.shape[-2] // h)
