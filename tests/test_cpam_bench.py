@@ -62,7 +62,7 @@ def test_what_is_to_be_kept_has_colours_that_the_prompt_does_not_name():
         wish = bench.wish_of("keep", scene, number)
         assert own
         assert scene.things[0].colour not in own.values()
-        assert wish.prompt == scene.caption()
+        assert wish.prompt == scene.caption(colour=False)
 
 
 def test_a_replacement_asks_for_another_kind_another_colour_or_both():

@@ -73,8 +73,8 @@ def layer_run(patcher, **changes):
     )  # fmt: skip
     table = layer_table(patcher)
     run = SimpleNamespace(
-        table=table, order={address: place for place, address in enumerate(table.layers)}, following=None, followed=None,
-        evaluation=evaluation, latent=(64, 64), spec=cpam.Spec(**changes),
+        table=table, order={address: place for place, address in enumerate(table.layers)},
+        following=None, followed=None, evaluation=evaluation, latent=(64, 64), spec=cpam.Spec(**changes),
         chunks=lambda rows, options: zip(options["keys"], [slice(i, i + 1) for i in range(rows)], strict=True),
     )  # fmt: skip
     size = side(GOLDEN["layer_self_mask_source"])
