@@ -302,6 +302,12 @@ def test_word_or_token_runs_untouched(server):
     assert not np.array_equal(found["the word"], found["the token"])
 
 
+@pytest.mark.parametrize("name", ["replace_object", "keep_object", "region_prompts"])
+def test_templates_of_cpam_run_on_the_oldest_comfyui(old_server, name):
+    prompt = with_fewer_steps(api_workflow(name))
+    assert {"edited", "regions"} & set(pictures(old_server, prompt, old_server.run(prompt)))
+
+
 def test_edit_one_part_runs_on_the_oldest_comfyui(old_server):
     prompt = with_fewer_steps(api_workflow("edit_one_part"))
     found = pictures(old_server, prompt, old_server.run(prompt))
