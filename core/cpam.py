@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
+from .heatmap import probabilities
+
 
 def binary(mask: torch.Tensor) -> torch.Tensor:
     """1 where a mask in 0…1 is at least one half, 0 elsewhere."""
@@ -97,9 +99,7 @@ def word_attention(
     """How strongly each place attends to some words: the mean over heads and words [rows, places], and the largest
     single value [rows]. q: [rows, places, heads·d]; k: [rows, tokens, heads·d]; words: which of the tokens.
     """
-    d = q.shape[-1] // heads
-    queries, keys = (t.unflatten(-1, (heads, d)).float() for t in (q, k))
-    attention = (torch.einsum("rphd,rthd->rhpt", queries, keys) * d**-0.5).softmax(-1)[..., list(words)]
+    attention = probabilities(q, k, heads)[..., list(words)]
     return attention.mean((1, 3)), attention.amax((1, 2, 3))
 
 

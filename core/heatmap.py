@@ -32,6 +32,12 @@ def part_attention(
     return torch.stack([attention[..., list(tokens)].sum(-1) for tokens in parts], 1)
 
 
+def probabilities(q: torch.Tensor, k: torch.Tensor, heads: int) -> torch.Tensor:
+    """Attention of q [rows, places, heads·d] on k [rows, tokens, heads·d]: [rows, heads, places, tokens], float32."""
+    queries, keys = (t.unflatten(-1, (heads, -1)).transpose(1, 2).float() for t in (q, k))
+    return (queries @ keys.transpose(-2, -1) * queries.shape[-1] ** -0.5).softmax(-1)
+
+
 class HeatmapSum:
     """Adds up the maps of many layers (and timesteps), one running sum per resolution."""
 

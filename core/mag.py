@@ -68,13 +68,11 @@ def constraint(
 
 
 def injected_attention(
-    own: torch.Tensor, source: torch.Tensor | None, mapping: torch.Tensor | None, own_share: torch.Tensor | None
+    own: torch.Tensor, source: torch.Tensor, mapping: torch.Tensor, own_share: torch.Tensor
 ) -> torch.Tensor:
     """Prompt-to-Prompt's attention: what the edit takes from the source, and its own. Rows need not sum to one.
 
     own: [rows, heads, places, tokens]; source: [rows, heads, places, source tokens]; mapping: [source tokens, tokens],
     how much of each is taken; own_share: [tokens].
     """
-    if source is None or mapping is None or own_share is None:
-        return own
     return source @ mapping + own * own_share

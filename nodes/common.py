@@ -40,14 +40,14 @@ def padding_input() -> io.Combo.Input:
     )
 
 
-def seed_input() -> io.Int.Input:
+def seed_input(tooltip: str = "Seed of the noise.") -> io.Int.Input:
     return io.Int.Input(
         "seed",
         default=0,
         min=0,
         max=0xFFFFFFFFFFFFFFFF,
         control_after_generate=True,
-        tooltip="Seed of the noise.",
+        tooltip=tooltip,
     )
 
 

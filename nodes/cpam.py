@@ -90,7 +90,7 @@ class CPAMSelfAttnPatch(io.ComfyNode):
                     tooltip="Share of the layers, drawn anew each step, that attend as usual. The paper says 0.1, its "
                     "code 0.",
                 ),
-                seed_input(),
+                seed_input("Which layers plain_fraction draws."),
                 io.Mask.Input("target_mask", optional=True, tooltip="The region that may change, if it is not the "
                               "widened source_mask: where the object shall be."),
             ],

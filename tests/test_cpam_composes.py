@@ -30,6 +30,7 @@ from scalpel.tests.test_cpam import (
     sampled,
     spec,
 )
+from scalpel.tests.test_rider import Control
 
 KIND = tiny.SD15
 pytestmark = [
@@ -126,35 +127,6 @@ def test_a_lora_acts_on_the_source_and_on_null_too(model, trajectory):
 
 
 # ---------------------------------------------------------------- ControlNet
-
-
-class Control:
-    """Adds a number to the middle block's input, as a ControlNet adds residuals; counts the rows it is asked for."""
-
-    extra_hooks = None
-    previous_controlnet = None
-
-    def __init__(self, strength):
-        self.strength, self.rows = strength, []
-
-    def get_models(self):
-        return []
-
-    def get_extra_hooks(self):
-        return []
-
-    def pre_run(self, *_):
-        pass
-
-    def cleanup(self):
-        pass
-
-    def inference_memory_requirements(self, dtype):
-        return 0
-
-    def get_control(self, x, t, cond, chunks, options):
-        self.rows.append(len(x))
-        return {"middle": [torch.full((len(x), 128, H // 8, W // 8), self.strength)]}
 
 
 @pytest.mark.parametrize("to_all", [False, True])

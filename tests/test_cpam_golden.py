@@ -70,12 +70,12 @@ def layer_run(patcher, **changes):
     evaluation = SimpleNamespace(
         step=CASE["layer_sample"]["step"], steps=CASE["steps"], again=False, areas={(UNCOND, 1): None, (COND, 0): None},
         positive=[(COND, 0)], whole=[(COND, 0)], listeners=[],
+        chunks=lambda rows, options: zip(options["keys"], [slice(i, i + 1) for i in range(rows)], strict=True),
     )  # fmt: skip
     table = layer_table(patcher)
     run = SimpleNamespace(
         table=table, order={address: place for place, address in enumerate(table.layers)},
         following=None, followed=None, evaluation=evaluation, latent=(64, 64), spec=cpam.Spec(**changes),
-        chunks=lambda rows, options: zip(options["keys"], [slice(i, i + 1) for i in range(rows)], strict=True),
     )  # fmt: skip
     size = side(GOLDEN["layer_self_mask_source"])
     options = {

@@ -324,8 +324,7 @@ def test_samplers_go_on_with_a_latent_that_was_moved(name):
     assert tiny.relative(run(start, move), run(start, 0.0)) > 1e-2
 
 
-def test_prompt_to_prompt_without_iterations_is_that_of_paired_rows(model):
-    """And outside the mask the source comes back in the last steps."""
+def test_prompt_to_prompt_acts_without_iterations_and_outside_the_mask_the_source_comes_back(model):
     kind = tiny.SD15
     sampled_once, trajectory, _ = RecordTrajectory.execute(
         model, 7, 4, 1.0, "euler", "normal", tiny.prompt(kind, 1), tiny.prompt(kind, 3), tiny.latent(H, W), 1.0

@@ -7,7 +7,6 @@ without guidance (see `rider.py`), whatever the number of edits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -164,13 +163,6 @@ class CPAMRun:
             replace_attention(options, "attn2", self.table, self.cross)
         return executor(model, conds, x, timestep, {**model_options, "transformer_options": options})
 
-    def chunks(self, rows: int, options: dict[str, Any]) -> Iterator[tuple[ConditionKey, slice]]:
-        """(conditioning entry, its rows) of a UNet call."""
-        keys = self.evaluation.keys(options)
-        size = rows // len(keys)
-        for place, key in enumerate(keys):
-            yield key, slice(place * size, (place + 1) * size)
-
     def follow(self, mask: torch.Tensor) -> None:
         """From now on the target mask is this one, [rows, h, w] of the latent."""
         self.following = LayerMask(mask, self.latent, "refined mask")
@@ -185,8 +177,8 @@ class CPAMRun:
     def finish(self) -> None:
         """Fill the logs with the target mask of each step."""
         self.evaluation.finish()
-        for part, given in ((self.spec.self_attention, self.own), (self.spec.cross_attention, self.cross)):
-            if part is not None and given is not None and self.evaluation.steps:
+        for part in (self.spec.self_attention, self.spec.cross_attention):
+            if part is not None and self.evaluation.steps:
                 masks = self._masks(part.target_mask)
                 part.log.masks = masks
                 part.log.lines = [
@@ -244,7 +236,7 @@ class _SelfAttention:
         target = run.followed or self.target
         keep = self.spec.keep_from is not None and step >= self.spec.keep_from[0] and layer >= self.spec.keep_from[1]
         groups: dict[tuple[Area, int, int], list[tuple[int, int]]] = {}  # rows with equal masks: (row, its image)
-        for key, rows in run.chunks(len(q), options):
+        for key, rows in run.evaluation.chunks(len(q), options):
             if self.rider.is_source(key[0]):
                 self.references[address] = _Reference(k[rows].clone(), v[rows].clone(), size)
                 if inner is None:
@@ -305,7 +297,7 @@ class _CrossAttention:
         now, run = self.run.evaluation, self.run
         check_places(options, q)
         out = attention(q, k, v, options) if inner is None else inner(q, k, v, options).clone()
-        for key, rows in run.chunks(len(q), options):
+        for key, rows in run.evaluation.chunks(len(q), options):
             if key not in now.positive:
                 continue
             if self.mask is not None and key in now.whole and now.areas[key] is None and not now.again:

@@ -6,7 +6,7 @@ more than once. So entries are told by (uuid, place) as the guider's own conds h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -60,6 +60,13 @@ class Evaluation:
     def keys(self, options: dict[str, Any]) -> list[ConditionKey]:
         """The entries of a UNet call, chunk by chunk, from an attention patch's options."""
         return list(zip(options["uuids"], options["cond_or_uncond"], strict=True))
+
+    def chunks(self, count: int, options: dict[str, Any]) -> Iterator[tuple[ConditionKey, slice]]:
+        """(entry, its rows) for each of a UNet call of `count` rows."""
+        keys = self.keys(options)
+        size = count // len(keys)
+        for place, key in enumerate(keys):
+            yield key, slice(place * size, (place + 1) * size)
 
     def _evaluate(
         self, executor: Any, model: Any, conds: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: Any

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ..charts import loss_curve
+from ..heatmap import probabilities
 from ..mag import Push, constraint, injected_attention
 from ..null_text import scaled_gradient
 from ..prompt_to_prompt import PromptControl
@@ -259,14 +260,8 @@ class GuidedRun:
         return executor(model, conds, x, timestep, {**model_options, "transformer_options": options})
 
     def _positive_rows(self, count: int, options: dict[str, Any]) -> list[slice]:
-        keys = self.evaluation.keys(options)
-        size = count // len(keys)
         now = self.evaluation
-        return [
-            slice(i * size, (i + 1) * size)
-            for i, key in enumerate(keys)
-            if key in now.positive and now.areas[key] is None
-        ]
+        return [rows for key, rows in now.chunks(count, options) if key in now.positive and now.areas[key] is None]
 
     def _injections(
         self, features: Features, step: int, positive: Callable[[int, dict[str, Any]], list[slice]]
@@ -467,9 +462,3 @@ class GuidedRun:
 def map_layers(table: LayerTable) -> frozenset[Address]:
     """Where the constraint is measured: the level nearest 16 × 16, without the middle block (SD1.5: their five)."""
     return frozenset(address for address in table.select(MAP_LEVEL) if address[0] != "middle")
-
-
-def probabilities(q: torch.Tensor, k: torch.Tensor, heads: int) -> torch.Tensor:
-    """Attention of q [rows, places, heads·d] on k [rows, tokens, heads·d]: [rows, heads, places, tokens], float32."""
-    queries, keys = (t.unflatten(-1, (heads, -1)).transpose(1, 2).float() for t in (q, k))
-    return (queries @ keys.transpose(-2, -1) * queries.shape[-1] ** -0.5).softmax(-1)
