@@ -73,6 +73,17 @@ class Thing:
         _check(colour, COLOURS, "colour")
         return replace(self, colours=tuple((p, colour if p == part else c) for p, c in self.colours))
 
+    @property
+    def coloured_parts(self) -> tuple[str, ...]:
+        """The parts that have the object's colour; black wheels are just wheels, even a black car's."""
+        return tuple(part for part, colour in self.colours if colour == self.colour and not _tyres(part, colour))
+
+    def repaint(self, colour: str) -> Thing:
+        """The same object with its `coloured_parts` in another named colour. ValueError on an unknown colour."""
+        _check(colour, COLOURS, "colour")
+        own = self.coloured_parts
+        return replace(self, colours=tuple((p, colour if p in own else c) for p, c in self.colours))
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -86,6 +97,10 @@ class Scene:
     def recolour(self, part: str, colour: str, index: int = 0) -> Scene:
         """The scene with one part of object `index` in another colour."""
         return self._with(index, self.things[index].recolour(part, colour))
+
+    def repaint(self, colour: str, index: int = 0) -> Scene:
+        """The scene with object `index` in another colour."""
+        return self._with(index, self.things[index].repaint(colour))
 
     def move(self, dx: float, dy: float, part: str | None = None, index: int = 0) -> Scene:
         """The scene with object `index`, or just one part of it, displaced by fractions of the frame."""
@@ -121,13 +136,13 @@ def _check(value: str, known: Collection[str], what: str) -> None:
 
 def _describe(thing: Thing, parts: int, colour: bool) -> str:
     name = f"{thing.colour} {thing.kind}" if colour else thing.kind
-    others = [
-        part_phrase(part, c)
-        for part, c in thing.colours
-        if c != thing.colour and not (part == "wheels" and c == "black")
-    ]
+    others = [part_phrase(part, c) for part, c in thing.colours if c != thing.colour and not _tyres(part, c)]
     mentioned = others[:parts]
     return f"{_article(name)} {name}" + (f" with {' and '.join(mentioned)}" if mentioned else "")
+
+
+def _tyres(part: str, colour: str) -> bool:
+    return part == "wheels" and colour == "black"
 
 
 def part_phrase(part: str, colour: str) -> str:
@@ -177,6 +192,22 @@ def sample_scene(
         horizon=float(rng.uniform(0.45, 0.72)),
         light=float(rng.uniform(0.95, 1.03)),
     )
+
+
+def like_objects(
+    seed: int, count: int = 2, kind: str | None = None, colour: str | None = None, background: str | None = None
+) -> Scene:
+    """A random scene of 1…3 objects of one kind and one colour, side by side, each in a pose of its own.
+
+    The same for the same arguments. kind, colour, background: fixed if given. ValueError as from `sample_scene`.
+    """
+    scene = sample_scene(seed, kind, count, background, colour)
+    rng = np.random.default_rng((seed, 17))
+    first = scene.things[0]
+    things = (
+        _sample_thing(first.kind, first.colour, (thing.x, thing.y, thing.size), False, rng) for thing in scene.things
+    )
+    return replace(scene, things=tuple(things))
 
 
 def _slots(things: int, rng: np.random.Generator) -> list[tuple[float, float, float]]:

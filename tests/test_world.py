@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 
 from scalpel.partsworld import dataset, scene
 from scalpel.partsworld.render import render
-from scalpel.partsworld.scene import BACKGROUNDS, COLOURS, PARTS, sample_scene
+from scalpel.partsworld.scene import BACKGROUNDS, COLOURS, PARTS, like_objects, sample_scene
 
 KINDS = list(PARTS)
 PARTS_OF_KINDS = [(kind, part) for kind in KINDS for part in PARTS[kind]]
@@ -207,6 +209,49 @@ def test_training_captions_fit_their_scene():
         assert len(captions) == dataset.CAPTIONS_PER_SCENE
         assert all(thing.kind in caption for thing in drawn.things for caption in captions)
         assert any(thing.colour in caption for thing in drawn.things for caption in captions)
+
+
+# ---- several objects of one kind
+
+
+def test_the_scenes_of_a_seed_are_those_that_everything_was_trained_and_measured_on():
+    scenes = [sample_scene(seed, things=1 + seed % 3, mixed=seed % 2 == 1) for seed in range(30)]
+    digest = hashlib.sha256(repr(scenes).encode()).hexdigest()
+    assert digest == "0c63814344d0f4c519d20f936f70183f9f4a00c81b552f40cfe9f0115f0bcc14"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_like_objects_share_kind_and_colour_and_nothing_else(count):
+    for seed in SEEDS:
+        alike = like_objects(seed, count)
+        assert alike == like_objects(seed, count)
+        assert len(alike.things) == len({(thing.x, thing.pose) for thing in alike.things}) == count
+        assert len({(thing.kind, thing.colours) for thing in alike.things}) == 1
+        assert [thing.x for thing in alike.things] == sorted(thing.x for thing in alike.things)
+    assert like_objects(0, count) != like_objects(1, count)
+
+
+def test_like_objects_are_what_was_asked_for():
+    alike = like_objects(5, 3, "dog", "green", "snow")
+    assert alike.caption() == "a green dog and a green dog and a green dog on white snow"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("colour", ["red", "black"])
+def test_a_repainted_object_differs_where_its_coloured_parts_are_seen_and_nowhere_else(kind, colour):
+    alike = like_objects(2, 2, kind, colour)
+    before, after = render(alike), render(alike.repaint("blue", 1))
+    changed = np.abs(before.image - after.image).max(-1) > 0
+    own = [before.masks[1][part] for part in alike.things[1].coloured_parts]
+    assert np.array_equal(changed, np.sum(own, axis=0) > 0)
+    assert alike.repaint("blue", 1).things[1].colour == "blue"
+
+
+def test_a_car_keeps_its_wheels_when_it_is_repainted():
+    for colour in ("red", "black"):
+        assert dict(like_objects(0, 2, "car", colour).repaint("blue").things[0].colours)["wheels"] == "black"
+    white = sample_scene(0, "car", colour="white").recolour("wheels", "white")
+    assert dict(white.repaint("blue").things[0].colours)["wheels"] == "blue"
 
 
 # ---- bad input
