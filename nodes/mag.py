@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ..core.cpam import binary
@@ -17,6 +16,7 @@ from ..core.unet import mag
 from ..core.unet.layers import is_sdxl, layer_table
 from ..core.unet.prompt_tokens import read_prompt
 from ..core.unet.replay import check_trajectory
+from ..core.unet.taken_attention import Source
 from .common import (
     CATEGORY,
     PromptControlType,
@@ -46,7 +46,11 @@ class MAGGuidance(io.ComfyNode):
             "colour that will not come.",
             search_aliases=["mag-edit", "attention guidance", "attend and excite", "recolour"],
             inputs=[
-                io.Model.Input("model", tooltip="An SD1.x, SD2.x or SDXL model, with or without LoRA."),
+                io.Model.Input(
+                    "model",
+                    tooltip="An SD1.x, SD2.x or SDXL model, with or without LoRA; or one that comes from another MAG "
+                    "Guidance, whose words and mask then count too.",
+                ),
                 io.Clip.Input("clip", tooltip="Its text encoder, to find the words."),
                 io.String.Input("edit_text", multiline=True, tooltip="The sampler's positive prompt."),
                 io.String.Input(
@@ -136,14 +140,27 @@ class MAGGuidance(io.ComfyNode):
         run_log = RunLog("MAG Guidance")
         if preset == FAST:
             iterations, scale = max(1, round(iterations / FEWER)), scale * FARTHER
-        spec = mag.GuidanceSpec(
-            tuple(pushes), where, constraint, iterations, until, scale, spatial_weight, source, run_log
+        region = mag.Region(
+            tuple(pushes), where, constraint, iterations, until, scale, spatial_weight, edit_text, run_log
         )
-        patched = model.clone()
-        if patched.wrappers.get(WrappersMP.OUTER_SAMPLE, {}).get(mag.KEY):
-            raise ValueError("model: it has a MAG Guidance already; give all words to one, as 'yellow: 1, furry: 0.5'")
-        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, mag.KEY, mag.MAGGuidance(spec))
-        return io.NodeOutput(patched, run_log)
+        return io.NodeOutput(mag.guide(model, _with(mag.spec_of(model), region, source)), run_log)
+
+
+def _with(spec: mag.GuidanceSpec | None, region: mag.Region, source: Source | None) -> mag.GuidanceSpec:
+    """What is asked for with one region more. ValueError if it does not go together with the others."""
+    if spec is None:
+        return mag.GuidanceSpec((region,), source)
+    if spec.regions[0].edit_text != region.edit_text:
+        raise ValueError(
+            f"edit_text: {region.edit_text!r}, but the MAG Guidance before this one has "
+            f"{spec.regions[0].edit_text!r}; both want the sampler's positive prompt"
+        )
+    if spec.source is not None and source is not None and not spec.source.same_as(source):
+        raise ValueError(
+            "trajectory: the MAG Guidance before this one has another trajectory or prompt_control; one source serves "
+            "all regions, so connect it to one of the two nodes"
+        )
+    return mag.GuidanceSpec((*spec.regions, region), spec.source or source)
 
 
 def _pushes(clip: Any, edit: Prompt, name: str, text: str) -> list[Push]:
@@ -165,7 +182,7 @@ def _pushes(clip: Any, edit: Prompt, name: str, text: str) -> list[Push]:
 
 def _source(
     model: Any, clip: Any, edit_text: str, control: PromptControl | None, trajectory: Trajectory | None
-) -> mag.Source | None:
+) -> Source | None:
     """What Prompt-to-Prompt and the picture outside the mask come from."""
     if trajectory is None:
         if control is not None:
@@ -173,7 +190,7 @@ def _source(
         return None
     check_trajectory(trajectory, model)
     if control is None:
-        return mag.Source(trajectory, trajectory.positive, None)
+        return Source(trajectory, trajectory.positive, None)
     if control.source_words or control.edit_words:
         raise ValueError(
             "prompt_control: it has local_blend_words, but here the mask limits the change; leave them empty"
@@ -190,7 +207,7 @@ def _source(
             "trajectory: its prompt is not the source_text of the Prompt to Prompt at prompt_control, as SDXL needs; "
             "invert with the output 'source' of that node as the prompt"
         )
-    return mag.Source(trajectory, [[context, options]], control)
+    return Source(trajectory, [[context, options]], control)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

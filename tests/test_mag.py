@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+from dataclasses import replace
 
 import comfy.sample
 import comfy.samplers
@@ -17,8 +18,10 @@ from scalpel.core.prompt_to_prompt import PromptControl
 from scalpel.core.run_log import RunLog
 from scalpel.core.trajectory import Trajectory
 from scalpel.core.unet import mag
+from scalpel.core.unet.guided_sampler import SAMPLERS, guided_sampler, sampler_name
 from scalpel.core.unet.inverting import model_mark
 from scalpel.core.unet.layers import layer_table
+from scalpel.core.unet.taken_attention import Source
 from scalpel.devtools.server import ComfyError
 from scalpel.nodes.inversion import DDIMInversion
 from scalpel.nodes.mag import MAGGuidance
@@ -59,11 +62,11 @@ def golden_run():
         latents = torch.cat([known, known[-1:].expand(len(sigmas) - 4, -1, -1, -1, -1)])  # the rest is never shown
         source = [[golden["context_source"], {}]]
         trajectory = Trajectory("ddim", model_mark(patcher), sigmas, sigmas, latents, source)
-        spec = mag.GuidanceSpec(
+        region = mag.Region(
             tuple(Push(tuple(places)) for places in case["word_token_indices"]), golden["mask"][None], "token ratio",
             case["inner_iterations_loop"], 0.5, case["scale"], 3.0,
-            mag.Source(trajectory, source, golden_control(golden)), RunLog("test"),
         )  # fmt: skip
+        spec = mag.GuidanceSpec((region,), Source(trajectory, source, golden_control(golden)))
         seen, runs, counted = [], [], tiny.CountedCalls()
 
         class Watched(mag.GuidedRun):
@@ -105,7 +108,7 @@ def test_latents_after_the_iterations_and_after_the_step_are_the_authors(golden_
 
 def test_the_constraint_s_values_are_the_authors(golden_run):
     golden, _, run, _ = golden_run
-    found = torch.tensor([run.values[step] for step in range(3)])
+    found = torch.tensor([run.values[0][step] for step in range(3)])
     torch.testing.assert_close(found, golden["loop_loss_TR"], rtol=0, atol=1e-5)
 
 
@@ -138,19 +141,17 @@ def test_an_isolated_sample_s_maps_and_gradient_are_the_authors(name, golden_run
     class Once(mag.GuidedRun):
         def before(self, _, __, arguments):
             options, step = arguments["model_options"], sample["step_index"]
-            features = self._source_at(sigma, step, options)
+            taken = self.taken.at(sigma, step, options)
             conds = self._whole_prompt(sigma)
             with mag.gradients():
                 z = mag.ordinary(golden[f"{name}_edit_ve"]).clone()
-                found["maps"] = [m.detach() for m in self.maps(z, sigma, step, features, conds, options)[0]]
-                found["value"], found["gradient"] = self._gradient(z, sigma, step, features, conds, options)
+                found["maps"] = [m.detach() for m in self.maps(z, sigma, taken, conds, options)[0]]
+                found["gradient"] = self._gradient(z, sigma, step, [0], taken, conds, options)
             raise Enough
 
     patcher = tiny.golden_model("mag_a", comfy.supported_models.SD15)
-    alone = mag.GuidanceSpec(
-        spec.pushes, spec.mask, spec.kind, 1, 1.0, 1.0, 3.0,
-        mag.Source(trajectory, spec.source.prompt, spec.source.control), RunLog("test"),
-    )  # fmt: skip
+    region = replace(spec.regions[0], iterations=1, until=1.0, scale=1.0)
+    alone = mag.GuidanceSpec((region,), Source(trajectory, spec.source.prompt, spec.source.control))
     patcher.add_wrapper_with_key("outer_sample", mag.KEY, mag.MAGGuidance(alone))
     start = patcher.get_model_object("latent_format").process_out(golden[f"{name}_edit_ve"])
     original, mag.GuidedRun = mag.GuidedRun, Once
@@ -220,11 +221,9 @@ def mask():
 def guided(patcher, source=None, **changes):
     settings = {
         "pushes": (Push((5,)),), "mask": mask(), "kind": "token ratio", "iterations": 2, "until": 0.5, "scale": 2.5,
-        "outside_weight": 3.0, "source": source, "log": RunLog("test"), **changes,
+        "outside_weight": 3.0, "log": RunLog("test"), **changes,
     }  # fmt: skip
-    clone = patcher.clone()
-    clone.add_wrapper_with_key("outer_sample", mag.KEY, mag.MAGGuidance(mag.GuidanceSpec(**settings)))
-    return clone, settings["log"]
+    return mag.guide(patcher, mag.GuidanceSpec((mag.Region(**settings),), source)), settings["log"]
 
 
 def sampled(patcher, kind=tiny.SD15, sampler="euler", batch=1, **changes):
@@ -274,6 +273,37 @@ def test_a_batch_is_guided_row_by_row():
     assert tiny.relative(both[1:], alone) < 1e-4
 
 
+def test_two_regions_with_one_gradient_move_the_latent_in_both_masks():
+    """By the sum of their gradients, each scaled by its own; the one with fewer iterations drops out."""
+    patcher = tiny.model(tiny.SD15)
+    left, right = mask(), mask().flip(-1).roll(32, 1)
+    common = {"kind": "token ratio", "until": 0.25, "outside_weight": 3.0}
+    one = mag.Region((Push((5,)),), left, iterations=1, scale=2.0, **common)
+    two = mag.Region((Push((7,)),), right, iterations=2, scale=3.0, **common)
+    moved = {}
+
+    class Watched(mag.GuidedRun):
+        def _gradient(self, z, sigma, step, asking, *args):
+            found = super()._gradient(z, sigma, step, asking, *args)
+            moved.setdefault(self.spec, []).append((z.detach().clone(), asking, found))
+            return found
+
+    original, mag.GuidedRun = mag.GuidedRun, Watched
+    try:
+        for spec in (mag.GuidanceSpec((one,)), mag.GuidanceSpec((two,)), mag.GuidanceSpec((one, two))):
+            sampled(mag.guide(patcher, spec))
+    finally:
+        mag.GuidedRun = original
+    ((_, _, first),) = moved[mag.GuidanceSpec((one,))]
+    both = moved[mag.GuidanceSpec((one, two))]
+    second = moved[mag.GuidanceSpec((two,))][0][2]
+    assert [asking for _, asking, _ in both] == [[0, 1], [1]]
+    assert tiny.relative(both[0][2], first + second) < 1e-5
+    change = (both[1][0] - both[0][0])[0].abs().amax(0) > 0
+    union = (left + right)[0, ::8, ::8] > 0
+    assert torch.equal(change, union)
+
+
 def test_a_noise_mask_is_honoured():
     patcher = tiny.model(tiny.SD15)
     picture, inside = tiny.randn(1, 4, H, W, seed=1), torch.zeros(1, 1, H, W)
@@ -286,9 +316,9 @@ def test_a_noise_mask_is_honoured():
 def test_samplers_go_on_with_a_latent_that_was_moved(name):
     """Moved before its first evaluation, it is as if the run had begun there. All others are refused by name."""
     sampler = comfy.samplers.sampler_object(name)
-    if mag.sampler_name(sampler) not in mag.SAMPLERS:
+    if sampler_name(sampler) not in SAMPLERS:
         with pytest.raises(ValueError, match="sampler: MAG Guidance moves the latent that a sampler goes on with"):
-            mag.guided_sampler(sampler, None, None)
+            guided_sampler(sampler, None, None)
         return
     sigmas = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5])
     patcher = tiny.model(tiny.SD15)
@@ -313,7 +343,7 @@ def test_samplers_go_on_with_a_latent_that_was_moved(name):
             if waiting.pop() if waiting else False:
                 x.add_(moved)
 
-        function = mag.guided_sampler(sampler, before, lambda x: x).sampler_function
+        function = guided_sampler(sampler, before, lambda x: x).sampler_function
         x = start.clone()
         takes_noise = "noise_sampler" in inspect.signature(sampler.sampler_function).parameters
         options = {"noise_sampler": lambda *_: torch.zeros_like(x)} if takes_noise else {}
@@ -330,7 +360,7 @@ def test_prompt_to_prompt_acts_without_iterations_and_outside_the_mask_the_sourc
         model, 7, 4, 1.0, "euler", "normal", tiny.prompt(kind, 1), tiny.prompt(kind, 3), tiny.latent(H, W), 1.0
     ).args
     control = PromptControl(torch.eye(77), torch.ones(77), torch.full((77,), 0.8), torch.ones(77), 0.5)
-    source = mag.Source(trajectory, tiny.prompt(kind, 1), control)
+    source = Source(trajectory, tiny.prompt(kind, 1), control)
     made = sampled(guided(model, source, scale=0.0, mask=torch.ones(1, 8 * H, 8 * W))[0])
     plain = sampled(guided(model, scale=0.0)[0])
     assert tiny.relative(made, plain) > 1e-2
@@ -375,18 +405,19 @@ def rectangle():
     return region
 
 
-def spec_of(patched):
-    return patched.wrappers["outer_sample"][mag.KEY][0].spec
+def region_of(patched):
+    (region,) = mag.spec_of(patched).regions
+    return region
 
 
 def test_words_are_found_with_their_weights(demo):
-    spec = spec_of(node(demo, words="blue: 0.5, grey street", negative_words="red", negative_scale=0.4)[0])
+    spec = region_of(node(demo, words="blue: 0.5, grey street", negative_words="red", negative_scale=0.4)[0])
     assert spec.pushes == (Push((6,), 0.5), Push((10, 11)), Push((2,), -0.4))
-    assert spec_of(node(demo, negative_words="red")[0]).pushes == (Push((6,)),)
+    assert region_of(node(demo, negative_words="red")[0]).pushes == (Push((6,)),)
 
 
 def test_the_fast_preset_takes_fewer_and_longer_steps(demo):
-    spec = spec_of(node(demo, preset="fast", iterations=15)[0])
+    spec = region_of(node(demo, preset="fast", iterations=15)[0])
     assert (spec.iterations, spec.scale) == (5, 10.0)
 
 
@@ -424,12 +455,31 @@ def test_the_prompt_control_must_be_of_the_same_text_and_without_local_blend(dem
         node(demo, prompt_control=control, trajectory=trajectory)
     with pytest.raises(ValueError, match="prompt_control: it has local_blend_words"):
         node(demo, prompt_control=p2p(demo, words="car")[0], trajectory=trajectory)
-    assert spec_of(node(demo, prompt_control=p2p(demo)[0], trajectory=trajectory)[0]).source.control is not None
+    assert mag.spec_of(node(demo, prompt_control=p2p(demo)[0], trajectory=trajectory)[0]).source.control is not None
 
 
-def test_a_second_guidance_on_one_model_is_refused(demo):
-    with pytest.raises(ValueError, match="model: it has a MAG Guidance already"):
-        node(demo, model=node(demo)[0])
+def test_a_second_guidance_on_one_model_adds_its_region(demo):
+    first, log = node(demo)
+    both, other = node(demo, model=first, words="red: 0.5", constraint="spatial ratio", mask=rectangle().flip(-1))
+    regions = mag.spec_of(both).regions
+    assert [region.pushes for region in regions] == [(Push((6,)),), (Push((2,), 0.5),)]
+    assert [region.kind for region in regions] == ["token ratio", "spatial ratio"]
+    assert regions[0].log is log
+    assert regions[1].log is other
+    assert len(mag.spec_of(first).regions) == 1
+
+
+def test_regions_of_one_model_share_its_prompt_and_its_source(demo):
+    with pytest.raises(ValueError, match="edit_text: 'a blue car', but the MAG Guidance before this one has 'a red"):
+        node(demo, model=node(demo)[0], edit_text="a blue car")
+    image = {"samples": torch.zeros(1, 4, 32, 32)}
+    one, other = (DDIMInversion.execute(demo[0], p2p(demo)[1], image, 2, "normal", 0).args[0] for _ in range(2))
+    first = node(demo, trajectory=one)[0]
+    with pytest.raises(ValueError, match="trajectory: the MAG Guidance before this one has another trajectory"):
+        node(demo, model=first, trajectory=other)
+    assert mag.spec_of(node(demo, model=first)[0]).source.trajectory is one
+    assert mag.spec_of(node(demo, model=first, trajectory=one)[0]).source.trajectory is one
+    assert mag.spec_of(node(demo, model=node(demo)[0], trajectory=one)[0]).source.trajectory is one
 
 
 # ---------------------------------------------------------------- through the server
