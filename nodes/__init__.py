@@ -12,6 +12,7 @@ from .mag import MAGGuidance
 from .masks import AdaptiveThreshold, AttentionMaskExtractor
 from .part_tokens import PartTokenLoader, PartTokenSave
 from .partsworld import PartsWorldLoader
+from .plug_and_play import PlugAndPlayPatch
 from .prompt_to_prompt import PromptToPrompt
 from .run_log import RunLogShow
 from .token_dataset import PartTokenDataset
@@ -46,6 +47,7 @@ NODES: list[type[io.ComfyNode]] = [
     CPAMCrossAttnPatch,
     RegionPrompts,
     MAGGuidance,
+    PlugAndPlayPatch,
     RunLogShow,
 ]
 
