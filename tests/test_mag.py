@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import comfy.sample
 import comfy.samplers
@@ -22,7 +23,7 @@ from scalpel.core.unet.guided_sampler import SAMPLERS, guided_sampler, sampler_n
 from scalpel.core.unet.inverting import model_mark
 from scalpel.core.unet.layers import layer_table
 from scalpel.core.unet.taken_attention import Source
-from scalpel.devtools.server import ComfyError
+from scalpel.devtools.server import CHECKOUT, ComfyError
 from scalpel.nodes.inversion import DDIMInversion
 from scalpel.nodes.mag import MAGGuidance
 from scalpel.nodes.prompt_to_prompt import PromptToPrompt
@@ -542,3 +543,59 @@ def test_a_server_guides_with_gradients_and_leaves_the_model_as_it_was(server):
         server.run(graph(words="green"))
     again = server.run(graph(again=True))["outputs"]
     assert {name: pixels(server, again[f"{name} saved"]) for name in pictures} == pictures
+
+
+# ---------------------------------------------------------------- small models of both families on the server
+
+
+@pytest.fixture(scope="module")
+def server_with_tiny_models(start_server):
+    return start_server(packs=[CHECKOUT, Path(__file__).resolve().parent / "tiny_pack"])
+
+
+def tiny_graph(kind, half, lora):
+    """A run without guidance, one with, and one without once more, all of the same model."""
+    text = "a red car and a blue car on a grey street"
+    nodes = {
+        "demo": ("PartsWorldLoader", {}),
+        "model": ("TinyModel", {"kind": kind, "half": half, "lora": lora}),
+        "positive": ("TinyPrompt", {"kind": kind, "seed": 2}),
+        "negative": ("TinyPrompt", {"kind": kind, "seed": 3}),
+        "mask": ("SolidMask", {"value": 1.0, "width": 128, "height": 192}),
+        "empty": ("EmptyLatentImage", {"width": 128, "height": 192, "batch_size": 1}),
+        "guided": ("MAGGuidance", {
+            "model": ["model", 0], "clip": ["demo", 1], "edit_text": text, "words": "blue", "mask": ["mask", 0],
+            "constraint": "token ratio", "preset": "paper", "iterations": 3, "until": 0.5, "scale": 50.0,
+            "spatial_weight": 3.0, "negative_words": "", "negative_scale": 0.0,
+        }),
+    }  # fmt: skip
+    before = ["empty", 0]
+    for name, model in (("before", "model"), ("with", "guided"), ("after", "model")):
+        nodes[name] = ("KSampler", {
+            "model": [model, 0], "seed": 3, "steps": 4, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal",
+            "positive": ["positive", 0], "negative": ["negative", 0], "latent_image": before, "denoise": 1.0,
+        })  # fmt: skip
+        nodes[f"{name} bits"] = ("TinyFingerprint", {"latent": [name, 0], "model": [model, 0]})
+        # the next run begins after this one, from the same noise
+        nodes[f"nothing {name}"] = ("LatentMultiply", {"samples": [name, 0], "multiplier": 0.0})
+        before = [f"nothing {name}", 0]
+    nodes["log"] = ("RunLogShow", {"run_log": ["guided", 1], "latent": ["with", 0]})
+    nodes["values"] = ("PreviewAny", {"source": ["log", 2]})
+    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["", "LoRA"])
+@pytest.mark.parametrize("half", [False, True], ids=["single", "half"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_takes_gradients_through_both_families(server_with_tiny_models, kind, half, lora):
+    """Whose weights are inference tensors, also in half precision or with a LoRA; they keep their bits."""
+    outputs = server_with_tiny_models.run(tiny_graph(kind, half, lora))["outputs"]
+    bits = {name: outputs[f"{name} bits"]["text"] for name in ("before", "with", "after")}
+    assert bits["before"] == bits["after"]
+    assert bits["with"][0] != bits["before"][0]
+    assert bits["with"][1] == bits["before"][1]
+    for line in outputs["values"]["text"][0].splitlines():
+        values = [float(value) for value in line.split(": ")[1].split(" → ")]
+        assert len(values) == 3
+        assert values == sorted(values, reverse=True)
+        assert values[0] > values[-1]
