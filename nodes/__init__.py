@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .comparison import PictureComparison
 from .cpam import CPAMCrossAttnPatch, CPAMSelfAttnPatch, RegionPrompts
 from .feature_blend import EditBatch, FeatureBlendSampler, FeatureBlendSamplerAdvanced
+from .instdiffedit import InstDiffEditMask, InstDiffEditSampler
 from .inversion import DDIMInversion, EditFriendlyInversion, LEDITSInversion, NullTextInversion
 from .mag import MAGGuidance
 from .masks import AdaptiveThreshold, AttentionMaskExtractor
@@ -48,6 +49,8 @@ NODES: list[type[io.ComfyNode]] = [
     RegionPrompts,
     MAGGuidance,
     PlugAndPlayPatch,
+    InstDiffEditSampler,
+    InstDiffEditMask,
     RunLogShow,
 ]
 
