@@ -67,6 +67,17 @@ def constraint(
     return total
 
 
+def normalised(gradient: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """The gradient [rows, C, h, w] of a root mean square of 1 over a mask [rows, 1, h, w] of zeros and ones, by rows.
+
+    The authors' moves become shorter as noise falls, and what the first steps have reached is lost in later ones; moves
+    of one length hold it. A gradient of zeros stays so.
+    """
+    dims = (1, 2, 3)
+    mean_square = (gradient.square() * inside).sum(dims) / (inside.sum(dims) * gradient.shape[1]).clamp_min(1)
+    return gradient / mean_square.sqrt().clamp_min(torch.finfo(torch.float32).tiny)[:, None, None, None]
+
+
 def injected_attention(
     own: torch.Tensor, source: torch.Tensor, mapping: torch.Tensor, own_share: torch.Tensor
 ) -> torch.Tensor:

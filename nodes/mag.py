@@ -29,8 +29,8 @@ from .common import (
 from .prompt_to_prompt import items, places
 
 PAPER, FAST = PRESETS = ("paper", "fast")
-FEWER, FARTHER = 3, 4
-"""What "fast" divides the iterations by, and multiplies the scale with."""
+FEWER, EVEN = 5, 1 / 20
+"""What "fast" divides the iterations by, and of how many σ its moves are at a scale of 1."""
 MOST_ITERATIONS, LARGEST_SCALE = 100, 100.0
 
 
@@ -66,8 +66,8 @@ class MAGGuidance(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "preset", options=list(PRESETS), default=PAPER,
-                    tooltip="paper: as the numbers here say. fast: a third of the iterations, each four times as far, "
-                    "which brings the words as far on the demo model.",
+                    tooltip="paper: as the numbers here say. fast: a fifth of the iterations, whose moves do not get "
+                    "shorter from step to step; on the demo model it brings more colours, in a fifth of the time.",
                 ),
                 io.Int.Input(
                     "iterations", default=15, min=1, max=MOST_ITERATIONS,
@@ -139,10 +139,11 @@ class MAGGuidance(io.ComfyNode):
         source = _source(model, clip, edit_text, prompt_control, trajectory)
         run_log = RunLog("MAG Guidance")
         if preset == FAST:
-            iterations, scale = max(1, round(iterations / FEWER)), scale * FARTHER
+            iterations, scale = max(1, round(iterations / FEWER)), scale * EVEN
         region = mag.Region(
-            tuple(pushes), where, constraint, iterations, until, scale, spatial_weight, edit_text, run_log
-        )
+            tuple(pushes), where, constraint, iterations, until, scale, spatial_weight, preset == FAST, edit_text,
+            run_log,
+        )  # fmt: skip
         return io.NodeOutput(mag.guide(model, _with(mag.spec_of(model), region, source)), run_log)
 
 

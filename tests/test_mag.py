@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scalpel.core.mag import Push, constraint, spatial_ratio, token_ratio
+from scalpel.core.mag import Push, constraint, normalised, spatial_ratio, token_ratio
 from scalpel.core.prompt_to_prompt import PromptControl
 from scalpel.core.run_log import RunLog
 from scalpel.core.trajectory import Trajectory
@@ -194,6 +194,18 @@ def test_spatial_ratio_is_the_share_of_the_words_attention_that_lies_inside():
     torch.testing.assert_close(spatial_ratio(attention, [1, 3], inside, 3.0), (3 - 4 * share).mean(-1))
 
 
+def test_a_normalised_gradient_has_length_1_inside_whatever_it_is_outside():
+    gradient, inside = 1e-6 * tiny.randn(2, 4, 6, 5, seed=1), torch.zeros(2, 1, 6, 5)
+    inside[0, :, 1:3, 2:4] = inside[1, :, 4:] = 1
+    gradient[1] *= 50
+    found = normalised(gradient, inside)
+    for row in range(2):
+        region = found[row][:, inside[row, 0] > 0]
+        assert float(region.square().mean()) == pytest.approx(1, rel=1e-5)
+        assert tiny.relative(found[row] / found[row].abs().max(), gradient[row] / gradient[row].abs().max()) < 1e-5
+    assert torch.equal(normalised(torch.zeros(1, 4, 6, 5), inside[:1]), torch.zeros(1, 4, 6, 5))
+
+
 def test_words_are_weighted_and_negative_ones_count_against():
     maps, insides = [some_attention(), some_attention().flip(-1)], [torch.ones(1, 6), torch.ones(1, 6)]
 
@@ -272,6 +284,25 @@ def test_a_batch_is_guided_row_by_row():
         torch.zeros(1, 4, H, W), disable_pbar=True, seed=7,
     )  # fmt: skip
     assert tiny.relative(both[1:], alone) < 1e-4
+
+
+def test_even_moves_are_as_far_in_every_step():
+    patcher, seen = tiny.model(tiny.SD15), []
+
+    class Watched(mag.GuidedRun):
+        def before(self, x, sigma, arguments):
+            entered = x.clone()
+            super().before(x, sigma, arguments)
+            inside = self.small_masks[0].expand_as(x) > 0
+            seen.append(((x - entered)[inside].square().mean().sqrt().item() / sigma, torch.equal(x, entered)))
+
+    original, mag.GuidedRun = mag.GuidedRun, Watched
+    try:
+        sampled(guided(patcher, iterations=1, even=True, scale=0.1)[0])
+    finally:
+        mag.GuidedRun = original
+    assert [moved for moved, _ in seen[:2]] == pytest.approx([0.1, 0.1], rel=1e-3)
+    assert all(same for _, same in seen[2:])
 
 
 def test_two_regions_with_one_gradient_move_the_latent_in_both_masks():
@@ -417,9 +448,10 @@ def test_words_are_found_with_their_weights(demo):
     assert region_of(node(demo, negative_words="red")[0]).pushes == (Push((6,)),)
 
 
-def test_the_fast_preset_takes_fewer_and_longer_steps(demo):
-    spec = region_of(node(demo, preset="fast", iterations=15)[0])
-    assert (spec.iterations, spec.scale) == (5, 10.0)
+def test_the_fast_preset_takes_fewer_moves_of_even_length(demo):
+    fast, paper = (region_of(node(demo, preset=preset, iterations=15)[0]) for preset in ("fast", "paper"))
+    assert (fast.iterations, fast.scale, fast.even) == (3, 0.125, True)
+    assert (paper.iterations, paper.scale, paper.even) == (15, 2.5, False)
 
 
 @pytest.mark.parametrize(
@@ -492,7 +524,7 @@ def graph(again=False, **changes):
     text = "a red car and a blue car on a grey street"
     guidance = {
         "model": ["model", 0], "clip": ["model", 1], "edit_text": text, "words": "blue", "mask": ["mask", 0],
-        "constraint": "token ratio", "preset": "fast", "iterations": 6, "until": 0.5, "scale": 2.5,
+        "constraint": "token ratio", "preset": "fast", "iterations": 10, "until": 0.5, "scale": 2.5,
         "spatial_weight": 3.0, "negative_words": "", "negative_scale": 0.0, **changes,
     }  # fmt: skip
     nodes = {

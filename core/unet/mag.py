@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ..charts import loss_curve
-from ..mag import Push, constraint
+from ..mag import Push, constraint, normalised
 from ..null_text import scaled_gradient
 from ..run_log import RunLog
 from ..trajectory import same_level
@@ -43,8 +43,9 @@ LARGEST_SIGMA = 14.7
 @dataclass(frozen=True)
 class Region:
     """What one MAG Guidance asks for. pushes: the words; mask: [1 or rows, H, W], binary; kind: of the constraint;
-    until: fraction of the steps, each of which moves the latent `iterations` times by scale · σ · (1 + σ²) · gradient;
-    edit_text: where the words are from; log: gets the constraint's values.
+    until: fraction of the steps, each of which moves the latent `iterations` times: by scale · σ · (1 + σ²) · gradient,
+    or, if `even`, by the gradient of root mean square scale · σ in the mask. edit_text: where the words are from; log:
+    gets the constraint's values.
     """
 
     pushes: tuple[Push, ...]
@@ -54,12 +55,19 @@ class Region:
     until: float
     scale: float
     outside_weight: float
+    even: bool = False
     edit_text: str = ""
     log: RunLog = field(default_factory=lambda: RunLog("MAG Guidance"), compare=False)
 
     def asks(self, step: int, steps: int, iteration: int) -> bool:
         """Whether it moves the latent in this iteration of this step."""
         return step < round(self.until * steps) and iteration < self.iterations
+
+    def move(self, gradient: torch.Tensor, inside: torch.Tensor, sigma: float) -> torch.Tensor:
+        """How the latent [rows, C, h, w] follows a gradient that `scale` is in."""
+        if self.even:
+            return self.scale * sigma * normalised(gradient, inside)
+        return sigma * (1 + sigma**2) * gradient
 
 
 @dataclass(frozen=True)
@@ -179,7 +187,6 @@ class GuidedRun:
             return
         taken = self.taken.at(sigma, step, model_options)
         allowed = arguments.get("denoise_mask")
-        factor = min(sigma, LARGEST_SIGMA) * (1 + sigma**2)
         conds = self._whole_prompt(sigma)
         with gradients():
             z = ordinary(x).clone()
@@ -189,10 +196,18 @@ class GuidedRun:
                 if not asking:
                     break
                 gradient = self._gradient(z, sigma, step, asking, taken, conds, model_options)
-                where = torch.stack([self.small_masks[i] for i in asking]).amax(0).to(z)
-                z = z - factor * gradient * (where if allowed is None else where * ordinary(allowed))
+                move = self._move(gradient, min(sigma, LARGEST_SIGMA), asking)
+                z = z - (move if allowed is None else move * ordinary(allowed))
                 self.bar.update_absolute(step * (self.most + 1) + iteration + 1, steps * (self.most + 1))
         x.copy_(z)
+
+    def _move(self, gradient: torch.Tensor, sigma: float, asking: list[int]) -> torch.Tensor:
+        """Each region moves what lies in its mask."""
+        move = torch.zeros_like(gradient)
+        for i in asking:
+            inside = self.small_masks[i].to(gradient)
+            move = torch.where(inside > 0, self.spec.regions[i].move(gradient, inside, sigma), move)
+        return move
 
     def _asking(self, step: int, iteration: int) -> list[int]:
         """The regions that move the latent in this iteration."""
