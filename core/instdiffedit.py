@@ -27,7 +27,7 @@ class MaskSettings:
 
     related: float = 0.9
     unrelated: float = 0.6
-    threshold: float = 0.2
+    threshold: float = 0.3
     over_steps: str = MEAN
     eight_bit: bool = False
 

@@ -64,6 +64,7 @@ SHOWN = {
     "change_background": Shown("Change the background", CHANGED, "edited", "photo"),
     "remove_object": Shown("Remove an object", CHANGED, "edited", "photo"),
     "region_prompts": Shown("Several prompts, several regions", ("one prompt", "regions"), "regions", "one prompt"),
+    "edit_without_a_mask": Shown("Edit without a mask", ("photo", "mask", "edited"), "edited", "mask"),
 }  # fmt: skip
 
 

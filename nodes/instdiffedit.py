@@ -61,7 +61,7 @@ def _inputs() -> list[Any]:
             "picture, less precisely.",
         ),
         io.Int.Input(
-            "rounds", default=3, min=1, max=MOST_ROUNDS,
+            "rounds", default=2, min=1, max=MOST_ROUNDS,
             tooltip="How many times each picture is denoised, side by side, with noise of its own each time; their "
             "attention is averaged. The cost grows with it.",
         ),
@@ -74,7 +74,7 @@ def _inputs() -> list[Any]:
             tooltip="Words whose attention is at most this like the index word's are background, and taken off (γ₂).",
         ),
         io.Float.Input(
-            "threshold", default=0.2, min=0.0, max=0.99, step=0.01,
+            "threshold", default=0.3, min=0.0, max=0.99, step=0.01,
             tooltip="From which value on a place belongs to the mask (φ). Less makes it larger.",
         ),
     ]  # fmt: skip

@@ -33,6 +33,7 @@ API_FILE = {
     "Change the background": "change_background",
     "Remove an object": "remove_object",
     "Several prompts, several regions": "region_prompts",
+    "Edit without a mask": "edit_without_a_mask",
     "Edit one part (SDXL)": "edit_one_part_sdxl",
     "Find a part (SDXL)": "find_a_part_sdxl",
 }
@@ -269,6 +270,18 @@ def test_region_prompts_run_untouched_and_the_colours_are_where_they_belong(serv
     assert red(left).mean() > 10 * blue(left).mean()
     assert blue(right).mean() > 10 * red(right).mean()
     assert red(left).mean() > 0.05 < blue(right).mean()
+
+
+def test_edit_without_a_mask_runs_untouched_and_finds_the_ground(server):
+    prompt = api_workflow("edit_without_a_mask")
+    found = pictures(server, prompt, server.run(prompt))
+    assert set(found) == {"photo", "mask", "edited", "edited by inpaint conditioning"}
+    mask = np.asarray(Image.open(CHECKOUT / "partsworld/pictures/partsworld_dog/dog_01_mask.png").convert("L")) < 128
+    ground = found["mask"].mean(2) > 0.5
+    assert (ground & mask).sum() / (ground | mask).sum() > 0.75
+    for title in ("edited", "edited by inpaint conditioning"):
+        seen = Judge()(found[title])
+        assert (seen.kind, seen.background, seen.colours["torso"]) == ("dog", "field", "yellow")
 
 
 def test_find_a_part_runs_untouched(server):
