@@ -45,25 +45,26 @@ def spatial_ratio(
 
 
 def constraint(
-    kind: str, maps: Sequence[torch.Tensor], insides: Sequence[torch.Tensor], pushes: Sequence[Push],
+    kind: str, pushes: Sequence[Push], maps: Sequence[Sequence[torch.Tensor]], insides: Sequence[torch.Tensor],
     outside_weight: float,
 ) -> torch.Tensor:  # fmt: skip
     """The weighted sum of a constraint over all words, each the mean over the layers' maps; [rows].
 
-    Words of positive weight share it evenly, and so do those of negative weight (equation 3). maps: [rows, heads,
-    places, tokens] of each layer; insides: the mask at each layer, [rows or 1, places]. ValueError on an unknown kind.
+    Words of positive weight share it evenly, and so do those of negative weight (equation 3). maps: for each word
+    those it is measured on, [rows, heads, places, tokens] of each layer; insides: the mask at each layer, [rows or 1,
+    places]. ValueError on an unknown kind.
     """
     if kind not in CONSTRAINTS:
         raise ValueError(f"constraint: {kind!r} is unknown; accepted are {', '.join(CONSTRAINTS)}")
-    total = maps[0].new_zeros(len(maps[0]))
-    for push in pushes:
+    total = maps[0][0].new_zeros(len(maps[0][0]))
+    for push, layers in zip(pushes, maps, strict=True):
         same_sign = sum((other.weight > 0) == (push.weight > 0) for other in pushes)
-        for attention, inside in zip(maps, insides, strict=True):
+        for attention, inside in zip(layers, insides, strict=True):
             if kind == TOKEN_RATIO:
                 value = token_ratio(attention, push.tokens, inside)
             else:
                 value = spatial_ratio(attention, push.tokens, inside, outside_weight)
-            total = total + push.weight * value / (len(maps) * same_sign)
+            total = total + push.weight * value / (len(layers) * same_sign)
     return total
 
 

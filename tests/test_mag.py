@@ -213,13 +213,13 @@ def test_words_are_weighted_and_negative_ones_count_against():
         return sum(token_ratio(m, places, i) for m, i in zip(maps, insides, strict=True)) / 2
 
     pushes = [Push((1,)), Push((2, 3), 0.5), Push((4,), -0.25)]
-    made = constraint("token ratio", maps, insides, pushes, 3.0)
+    made = constraint("token ratio", pushes, [maps] * 3, insides, 3.0)
     torch.testing.assert_close(made, (one([1]) + 0.5 * one([2, 3])) / 2 - 0.25 * one([4]))
 
 
 def test_an_unknown_constraint_is_named():
     with pytest.raises(ValueError, match="constraint: 'ratio' is unknown; accepted are token ratio, spatial ratio"):
-        constraint("ratio", [some_attention()], [torch.ones(1, 6)], [Push((1,))], 3.0)
+        constraint("ratio", [Push((1,))], [[some_attention()]], [torch.ones(1, 6)], 3.0)
 
 
 # ---------------------------------------------------------------- in ComfyUI
@@ -398,6 +398,28 @@ def test_prompt_to_prompt_acts_without_iterations_and_outside_the_mask_the_sourc
     assert tiny.relative(made, plain) > 1e-2
     pasted = sampled(guided(model, source, scale=0.0)[0])
     assert torch.equal(pasted[:, :, :6], sampled_once["samples"][:, :, :6])
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_a_word_whose_attention_is_the_source_s_is_pushed_by_its_own(model, negative):
+    """Under Prompt-to-Prompt the latent has no say in what is taken; so the word's own attention is what counts."""
+    kind = tiny.SD15
+    trajectory = RecordTrajectory.execute(
+        model, 7, 4, 1.0, "euler", "normal", tiny.prompt(kind, 1), tiny.prompt(kind, 3), tiny.latent(H, W), 1.0
+    ).args[1]
+    mapped = torch.ones(77)
+    mapped[5] = 0  # a new word
+    control = PromptControl(torch.eye(77) * mapped, mapped, torch.full((77,), 0.8), torch.ones(77), 0.5)
+    source = Source(trajectory, tiny.prompt(kind, 1), control)
+    weight = -1.0 if negative else 1.0
+    patched, log = guided(model, source, pushes=(Push((9,), weight),), iterations=4, scale=200.0)
+    sampled(patched)
+    falls = []
+    for line in log.lines:
+        values = [float(value) for value in line.split(": ")[1].split(" → ")]
+        assert values == sorted(values, reverse=True)
+        falls.append(values[0] - values[-1])
+    assert falls[0] > 1e-3
 
 
 def test_the_mask_must_be_there_where_the_constraint_is_measured():

@@ -228,7 +228,7 @@ class GuidedRun:
     ) -> torch.Tensor:  # fmt: skip
         """Gradient by the latent of the sum of scale · constraint of the regions that ask for it."""
         z = z.detach().requires_grad_()
-        maps, sizes = self.maps(z, sigma, taken, conds, model_options)
+        maps, own, sizes = self.maps(z, sigma, taken, conds, model_options)
         total = z.new_zeros(())
         for i in asking:
             region = self.spec.regions[i]
@@ -239,7 +239,9 @@ class GuidedRun:
                     f"edit_text: it has a word at place {max(places)}, but the sampler's positive prompt has "
                     f"{maps[0].shape[-1]} places; give MAG Guidance the text of that prompt"
                 )
-            value = constraint(region.kind, maps, insides, region.pushes, region.outside_weight)
+            # the latent has no say in attention that is the source's
+            measured = [own if taken.replaces(push.tokens) else maps for push in region.pushes]
+            value = constraint(region.kind, region.pushes, measured, insides, region.outside_weight)
             self.values[i].setdefault(step, []).append(float(value.detach().mean()))
             total = total + region.scale * value.sum()
         gradient = scaled_gradient(total, z, 2.0**12)
@@ -251,11 +253,12 @@ class GuidedRun:
 
     def maps(
         self, z: torch.Tensor, sigma: float, taken: Taken, conds: list[dict[str, Any]], model_options: dict[str, Any]
-    ) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
-        """The positive prompt's cross-attention in the map layers, [rows, heads, places, tokens], with what is taken
-        in it, and the layers' (h, w); in execution order.
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[tuple[int, int]]]:
+        """The positive prompt's cross-attention in the map layers, [rows, heads, places, tokens]: with what is taken in
+        it, and its own; and the layers' (h, w); in execution order.
         """
         maps: list[torch.Tensor] = []
+        unmixed: list[torch.Tensor] = []
         sizes: list[tuple[int, int]] = []
         replaced = taken.replacements(lambda count, _: [slice(0, count)])
 
@@ -266,8 +269,9 @@ class GuidedRun:
                 return replaced[CROSS](inner, q, k, v, options)
             check_places(options, q)
             heads = options["n_heads"]
-            attended = taken.probabilities(address, q, k, heads)
+            attended, own = taken.probabilities(address, q, k, heads)
             maps.append(attended)
+            unmixed.append(own)
             sizes.append(spatial_size(options))
             if len(maps) == len(self.map_layers):
                 raise Enough
@@ -288,7 +292,7 @@ class GuidedRun:
 
         patches = {SELF: self_attention, CROSS: cross_attention}
         call_partly(self.guider.inner_model, conds, z, sigma, model_options, self.table, patches)
-        return maps, sizes
+        return maps, unmixed, sizes
 
     def _inside(self, region: int, size: tuple[int, int], device: torch.device) -> torch.Tensor:
         """A region's mask at a layer's (h, w): [rows, h·w]. ValueError if nothing is left of it."""

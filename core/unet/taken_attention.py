@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,18 +114,25 @@ class Taken:
 
         return {SELF: self_attention, CROSS: cross_attention}
 
-    def probabilities(self, address: Address, q: torch.Tensor, k: torch.Tensor, heads: int) -> torch.Tensor:
-        """Cross-attention with what is taken in it, [rows, heads, places, tokens], float32."""
+    def replaces(self, tokens: Sequence[int]) -> bool:
+        """Whether the source's attention stands in the place of these tokens' own."""
+        return self.across is not None and not self.across[1][list(tokens)].any()
+
+    def probabilities(
+        self, address: Address, q: torch.Tensor, k: torch.Tensor, heads: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-attention with what is taken in it, and the edit's own, [rows, heads, places, tokens], float32."""
         own = probabilities(q, k, heads)
         if self.across is None:
-            return own
+            return own, own
         taken, share = (t.to(own) for t in self.across)
         if address not in self._maps:
             source_q, source_k = self.features[CROSS, address]
             self._maps[address] = probabilities(source_q, source_k, heads)[..., : len(taken)]
         source = self._maps[address]
         places = [row % len(source) for row in range(len(q))]
-        return injected_attention(own[..., : len(share)], source[places], taken, share)
+        own = own[..., : len(share)]
+        return injected_attention(own, source[places], taken, share), own
 
     def _source_rows(self, name: str, address: Address, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         q, k = self.features[name, address]
