@@ -185,9 +185,8 @@ class Bench:
             return Result(None, self._decode(edited), (0, self.unet.taken()), (0.0, clock() - start))
         mask = self.mask(method, job, latent)
         rows, seconds = self.unet.taken(), clock() - start
-        edited = self._decode(self._sample(job, latent, 1.0, mask))
-        found = mask[0].numpy() > 0.5
-        return Result(found, edited, (rows, rows + self.unet.taken()), (seconds, clock() - start))
+        inpainted = self._decode(self._sample(job, latent, 1.0, mask))
+        return Result(mask[0].numpy() > 0.5, inpainted, (rows, rows + self.unet.taken()), (seconds, clock() - start))
 
     def mask(self, method: str, job: Job, latent: torch.Tensor) -> torch.Tensor:
         """[1, H, W] of 0 and 1."""
@@ -354,7 +353,8 @@ def sweep(bench: Bench, jobs: Sequence[Job], rounds: Sequence[int], strengths: S
     for count, strength, threshold in itertools.product(rounds, strengths, thresholds):
         bench.sampling = replace(bench.sampling, rounds=count, strength=strength)
         bench.settings = replace(bench.settings, threshold=threshold)
-        began, scenes = time.time(), []
+        began = time.time()
+        scenes: list[dict[str, Any]] = []
         for job in jobs:
             bench.unet.taken()
             latent = tokens.encode(bench.vae, torch.from_numpy(job.picture)[None])
@@ -495,18 +495,20 @@ def run(arguments: argparse.Namespace, numbers: dict[str, Any], keep: Callable[[
         keep()
     for group, jobs in groups.items():
         shown: list[tuple[str, list[Result]]] = []
-        for method in ("vae", *arguments.methods):
-            began, results, scenes = time.time(), [], []
+        for method in arguments.methods:
+            began = time.time()
+            results: list[Result] = []
+            scenes: list[dict[str, Any]] = []
             for job in jobs[: arguments.full_scenes] if method == "diffedit-full" else jobs:
                 result = bench.run(method, job)
                 scenes.append(measured(job, result))
                 results += [result] if len(results) < SHOWN else []
             numbers["results"].setdefault(group, {})[method] = scenes
             keep()
-            shown.append((LABELS[method], results))
+            shown += [(LABELS[method], results)] if method != "vae" else []
             print(f"  {time.time() - began:.0f} s: {group}, {' | '.join(row(LABELS[method], scenes))}", flush=True)
         if arguments.sheet:
-            sheet(arguments.sheet.with_stem(f"{arguments.sheet.stem}-{group}"), jobs, shown[1:])
+            sheet(arguments.sheet.with_stem(f"{arguments.sheet.stem}-{group}"), jobs, shown)
 
 
 def sheet(path: Path, jobs: Sequence[Job], shown: Sequence[tuple[str, list[Result]]]) -> None:
@@ -528,8 +530,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python dev.py bench instdiffedit", description=__doc__)
     _report.add_arguments(parser, "instdiffedit")
-    every = [name for name in LABELS if name != "vae"]
-    parser.add_argument("--methods", nargs="*", choices=every, default=every)
+    parser.add_argument("--methods", nargs="*", choices=LABELS, default=list(LABELS))
     parser.add_argument("--change", nargs="+", choices=CHANGES, default=list(CHANGES))
     parser.add_argument("--scenes", type=int, default=100)
     parser.add_argument("--full-scenes", type=int, default=100, help="of DiffEdit, denoised to the end")

@@ -58,7 +58,7 @@ def edit_without_a_mask(info: Json) -> Workflow:
     flow.group("Masks of all steps", at=(360, 580), size=(370, 440))
     flow.node("PreviewImage", at=(380, 720), size=(330, 280), title="masks of all steps", images=steps[0])
 
-    sampling = {"seed": SEED, "steps": STEPS, "cfg": 7.5, "sampler_name": "euler", "scheduler": "ddim_uniform"}
+    sampling: Json = {"seed": SEED, "steps": STEPS, "cfg": 7.5, "sampler_name": "euler", "scheduler": "ddim_uniform"}
     flow.group("3. Inpaint: noise mask", at=(770, 0), size=(330, 510))
     masked = flow.node("SetLatentNoiseMask", at=(790, 75), size=(290, 50), samples=latent[0], mask=found[0])
     edited = flow.node(

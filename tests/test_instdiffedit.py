@@ -220,8 +220,17 @@ def quick(patcher):
     return clone
 
 
-def their_lms(limited):
-    """diffusers' linear multistep; limited: by what it has of history, else with coefficients as if it had it."""
+BEFORE = [
+    math.sqrt((1 - a) / a)
+    for a in torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)[
+        [999, 888, 777, 666, 555, 444]
+    ].tolist()
+]
+"""The noise levels of their ten steps that strength 0.4 leaves out."""
+
+
+def their_lms():
+    """diffusers' linear multistep, with coefficients as if it had a history."""
 
     def coefficient(order, sigmas, i, j):
         points = [sigmas[i - k] for k in range(order)]
@@ -233,33 +242,25 @@ def their_lms(limited):
         return torch.trapezoid(value, x).item()
 
     def sample_lms(model, x, sigmas, extra_args=None, callback=None, disable=None):
-        """sigmas: the end of the schedule that `before` begins."""
-        first = len(their_lms.before)
-        whole = [*their_lms.before, *(float(s) for s in sigmas)]
+        """sigmas: the end of the schedule that BEFORE begins."""
+        first = len(BEFORE)
+        whole = [*BEFORE, *(float(s) for s in sigmas)]
         history = []
         for i in range(len(sigmas) - 1):
             denoised = model(x, sigmas[i] * x.new_ones(len(x)), **extra_args)
             history.insert(0, (x - denoised) / sigmas[i])
-            order = min((i if limited else first + i) + 1, 4)
+            order = min(first + i + 1, 4)
             x = x + sum(coefficient(order, whole, first + i, j) * history[j] for j in range(min(order, len(history))))
         return x
 
     return comfy.samplers.KSAMPLER(sample_lms)
 
 
-their_lms.before = [
-    math.sqrt((1 - a) / a)
-    for a in torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)[
-        [999, 888, 777, 666, 555, 444]
-    ].tolist()
-]
-"""The noise levels of their ten steps that strength 0.4 leaves out."""
-
 VARIANTS = {
     "euler": (lambda: comfy.samplers.sampler_object("euler"), core.CURRENT, 4),
     "euler_next_bg": (lambda: comfy.samplers.sampler_object("euler"), core.NEXT, 4),
     "lms_correct": (lambda: comfy.samplers.sampler_object("lms"), core.CURRENT, 3),  # it ends with an Euler step
-    "lms_official": (lambda: their_lms(limited=False), core.CURRENT, 4),
+    "lms_official": (their_lms, core.CURRENT, 4),
 }
 
 

@@ -33,7 +33,7 @@ def graph(server, **changes):
         "load": node("LoadImage", image=server.upload_image(DOG / "dog_01.png")),
         "encode": node("VAEEncode", pixels=["load", 0], vae=["model", 2]),
         "ground": text(GROUND),
-        "sampler": node("InstDiffEditSampler", **inputs),
+        "find": node("InstDiffEditSampler", **inputs),
         "alone": node("InstDiffEditMask", **inputs),
         "masked": node("SetLatentNoiseMask", samples=["encode", 0], mask=["alone", 0]),
         "inpaint": node(
@@ -41,12 +41,12 @@ def graph(server, **changes):
             latent_image=["masked", 0], seed=1, steps=STEPS, cfg=7.5, sampler_name="euler", scheduler="ddim_uniform",
             denoise=1.0,
         ),
-        "blended": save(["sampler", 1], "blended"),
+        "blended": save(["find", 1], "blended"),
         "inpainted": save(["inpaint", 0], "inpainted"),
         "original": save(["encode", 0], "original"),
         **{
             name: part
-            for name, link in {"mask": ["sampler", 0], "steps": ["sampler", 2], "alone": ["alone", 0]}.items()
+            for name, link in {"mask": ["find", 0], "steps": ["find", 2], "alone": ["alone", 0]}.items()
             for name, part in (
                 (f"{name} image", node("MaskToImage", mask=link)),
                 (f"{name} shown", node("PreviewImage", images=[f"{name} image", 0])),
