@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from scalpel.core.prompt_to_prompt import PromptControl
 from scalpel.core.run_log import RunLog
 from scalpel.core.trajectory import Trajectory
 from scalpel.core.unet import mag
+from scalpel.core.unet.checkpointing import Checkpoints
 from scalpel.core.unet.guided_sampler import SAMPLERS, guided_sampler, sampler_name
 from scalpel.core.unet.inverting import model_mark
 from scalpel.core.unet.layers import layer_table
@@ -146,7 +148,7 @@ def test_an_isolated_sample_s_maps_and_gradient_are_the_authors(name, golden_run
             conds = self._whole_prompt(sigma)
             with mag.gradients():
                 z = mag.ordinary(golden[f"{name}_edit_ve"]).clone()
-                found["maps"] = [m.detach() for m in self.maps(z, sigma, taken, conds, options)[0]]
+                found["maps"] = [m.detach() for m in self.maps(z, sigma, taken, conds, options, Checkpoints())[0]]
                 found["gradient"] = self._gradient(z, sigma, step, [0], taken, conds, options)
             raise Enough
 
@@ -239,6 +241,13 @@ def guided(patcher, source=None, **changes):
     return mag.guide(patcher, mag.GuidanceSpec((mag.Region(**settings),), source)), settings["log"]
 
 
+def told(lines):
+    """The values of each step from a run log's lines."""
+    *steps, memory = lines
+    assert re.fullmatch(r"memory: \d+ MB kept for a gradient, with(out)? checkpoints", memory)
+    return [[float(value) for value in line.split(": ")[1].split(" → ")] for line in steps]
+
+
 def sampled(patcher, kind=tiny.SD15, sampler="euler", batch=1, **changes):
     settings = {
         "cfg": 4.0, "positive": tiny.prompt(kind, 2), "negative": tiny.prompt(kind, 3), "seed": 7,
@@ -261,8 +270,7 @@ def test_the_constraint_falls_and_the_model_is_as_it_was(name, inference):
     made = sampled(clone, kind)
     assert torch.isfinite(made).all()
     assert tiny.relative(made, before) > 1e-3
-    for line in log.lines:
-        values = [float(value) for value in line.split(": ")[1].split(" → ")]
+    for values in told(log.lines):
         assert len(values) == 3
         assert values == sorted(values, reverse=True)
     assert torch.equal(sampled(clone, kind), made)
@@ -273,6 +281,44 @@ def test_outside_of_the_guided_steps_nothing_is_different():
     patcher = tiny.model(tiny.SD15)
     assert torch.equal(sampled(guided(patcher, until=0.0)[0]), sampled(patcher))
     assert torch.equal(sampled(guided(patcher, scale=0.0)[0]), sampled(patcher))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_checkpoints_give_the_same_picture_from_less_memory(name):
+    kind = KINDS[name]
+    patcher = tiny.model(kind, inference=True)
+    made, kept = [], []
+
+    class Watched(mag.GuidedRun):
+        def finish(self):
+            super().finish()
+            kept.append(self._kept_bytes)
+
+    original, mag.GuidedRun = mag.GuidedRun, Watched
+    try:
+        for checkpointing in (False, True):
+            spec = mag.spec_of(guided(patcher)[0])
+            made.append(sampled(mag.guide(patcher, replace(spec, checkpointing=checkpointing)), kind))
+    finally:
+        mag.GuidedRun = original
+    assert tiny.relative(made[1], made[0]) < 1e-6
+    assert 0 < kept[1] < 0.5 * kept[0]
+
+
+def test_comfyui_is_asked_for_a_gradient_s_memory(monkeypatch):
+    patcher, asked = tiny.model(tiny.SD15), []
+    load = comfy.model_management.load_models_gpu
+
+    def recorded(models, memory_required=0, **options):
+        asked.append(memory_required)
+        return load(models, memory_required=memory_required, **options)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", recorded)
+    sampled(patcher)
+    sampled(guided(patcher, until=0.0)[0])
+    sampled(guided(patcher)[0])
+    assert asked[1] == asked[0]
+    assert asked[2] > asked[0] + 2**20
 
 
 def test_a_batch_is_guided_row_by_row():
@@ -415,8 +461,7 @@ def test_a_word_whose_attention_is_the_source_s_is_pushed_by_its_own(model, nega
     patched, log = guided(model, source, pushes=(Push((9,), weight),), iterations=4, scale=200.0)
     sampled(patched)
     falls = []
-    for line in log.lines:
-        values = [float(value) for value in line.split(": ")[1].split(" → ")]
+    for values in told(log.lines):
         assert values == sorted(values, reverse=True)
         falls.append(values[0] - values[-1])
     assert falls[0] > 1e-3
@@ -584,10 +629,9 @@ def pixels(server, output):
 
 def test_a_server_guides_with_gradients_and_leaves_the_model_as_it_was(server):
     outputs = server.run(graph())["outputs"]
-    values = outputs["values"]["text"][0].splitlines()
+    values = told(outputs["values"]["text"][0].splitlines())
     assert len(values) == 2
-    for line in values:
-        numbers = [float(value) for value in line.split(": ")[1].split(" → ")]
+    for numbers in values:
         assert len(numbers) == 2
         assert numbers[1] < numbers[0]
     pictures = {name: pixels(server, outputs[f"{name} saved"]) for name in ("with", "without")}
@@ -648,8 +692,7 @@ def test_a_server_takes_gradients_through_both_families(server_with_tiny_models,
     assert bits["before"] == bits["after"]
     assert bits["with"][0] != bits["before"][0]
     assert bits["with"][1] == bits["before"][1]
-    for line in outputs["values"]["text"][0].splitlines():
-        values = [float(value) for value in line.split(": ")[1].split(" → ")]
+    for values in told(outputs["values"]["text"][0].splitlines()):
         assert len(values) == 3
         assert values == sorted(values, reverse=True)
         assert values[0] > values[-1]

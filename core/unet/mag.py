@@ -7,6 +7,7 @@ the UNet after the last layer whose map the constraint reads, and the gradient g
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..run_log import RunLog
 from ..trajectory import same_level
 from .attention import Replacement, check_places, replace_attention
 from .capture import spatial_size
+from .checkpointing import Checkpoints, checkpoints, counted_bytes, estimate, reserve
 from .evaluation import Evaluation
 from .gradients import gradients, ordinary
 from .guided_sampler import guided_sampler
@@ -72,10 +74,13 @@ class Region:
 
 @dataclass(frozen=True)
 class GuidanceSpec:
-    """Regions whose words are pushed together, and the source of all."""
+    """Regions whose words are pushed together, and the source of all. checkpointing: the gradient takes less memory,
+    and the UNet's blocks run twice.
+    """
 
     regions: tuple[Region, ...]
     source: Source | None = None
+    checkpointing: bool = False
 
 
 class MAGGuidance:
@@ -121,6 +126,7 @@ class GuidedRun:
         self.guider = guider
         self.table: LayerTable = layer_table(guider.model_patcher)
         self.map_layers = map_layers(self.table)
+        self.last_map_layer = [address for address in self.table.layers if address in self.map_layers][-1]
         self.evaluation = Evaluation(guider, sigmas, KEY)
         self.taken = TakenAttention(spec.source, guider, self.table, self.evaluation.steps, KEY)
         self.values: list[dict[int, list[float]]] = [{} for _ in spec.regions]
@@ -131,10 +137,22 @@ class GuidedRun:
         self.most = max(region.iterations for region in spec.regions)
         self.bar = comfy.utils.ProgressBar(self.evaluation.steps * (self.most + 1))
         self._done = -1
+        self._kept_bytes = 0  # by autograd, in the first gradient
         self._insides: dict[tuple[int, tuple[int, int]], torch.Tensor] = {}
         options = guider.model_options.setdefault("transformer_options", {})
         self.evaluation.install(options)
         add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, self._install, options)
+        if any(region.asks(0, self.evaluation.steps, 0) for region in spec.regions):
+            reserve(options, f"{KEY}.memory", self._gradient_bytes)
+
+    def _gradient_bytes(self, shape: tuple[int, ...]) -> int:
+        """What a gradient will keep, for a latent of this shape."""
+        model = self.guider.model_patcher.model
+        itemsize = (model.manual_cast_dtype or model.get_dtype()).itemsize
+        return estimate(
+            model.diffusion_model, shape[0], (shape[-2], shape[-1]), itemsize, self.last_map_layer,
+            self.spec.checkpointing, self.map_layers,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------ the sampler's own evaluations
 
@@ -228,7 +246,27 @@ class GuidedRun:
     ) -> torch.Tensor:  # fmt: skip
         """Gradient by the latent of the sum of scale · constraint of the regions that ask for it."""
         z = z.detach().requires_grad_()
-        maps, own, sizes = self.maps(z, sigma, taken, conds, model_options)
+        with ExitStack() as memory:
+            unet = self.guider.model_patcher.get_model_object("diffusion_model")
+            first = not self._kept_bytes
+            count = memory.enter_context(counted_bytes(unet.parameters())) if first else None
+            passes = memory.enter_context(checkpoints(unet, count)) if self.spec.checkpointing else Checkpoints()
+            total = self._objective(z, sigma, step, asking, taken, conds, model_options, passes)
+            gradient = scaled_gradient(total, z, 2.0**12)
+            if count is not None:
+                self._kept_bytes = count.bytes
+        if not torch.isfinite(gradient).all():
+            raise ValueError(
+                "model: the gradient through it is not finite; start ComfyUI with --force-fp32, or --bf16-unet"
+            )
+        return gradient
+
+    def _objective(
+        self, z: torch.Tensor, sigma: float, step: int, asking: list[int], taken: Taken, conds: list[dict[str, Any]],
+        model_options: dict[str, Any], passes: Checkpoints,
+    ) -> torch.Tensor:  # fmt: skip
+        """The sum of scale · constraint of the regions that ask for it."""
+        maps, own, sizes = self.maps(z, sigma, taken, conds, model_options, passes)
         total = z.new_zeros(())
         for i in asking:
             region = self.spec.regions[i]
@@ -244,16 +282,12 @@ class GuidedRun:
             value = constraint(region.kind, region.pushes, measured, insides, region.outside_weight)
             self.values[i].setdefault(step, []).append(float(value.detach().mean()))
             total = total + region.scale * value.sum()
-        gradient = scaled_gradient(total, z, 2.0**12)
-        if not torch.isfinite(gradient).all():
-            raise ValueError(
-                "model: the gradient through it is not finite; start ComfyUI with --force-fp32, or --bf16-unet"
-            )
-        return gradient
+        return total
 
     def maps(
-        self, z: torch.Tensor, sigma: float, taken: Taken, conds: list[dict[str, Any]], model_options: dict[str, Any]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[tuple[int, int]]]:
+        self, z: torch.Tensor, sigma: float, taken: Taken, conds: list[dict[str, Any]], model_options: dict[str, Any],
+        passes: Checkpoints,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[tuple[int, int]]]:  # fmt: skip
         """The positive prompt's cross-attention in the map layers, [rows, heads, places, tokens]: with what is taken in
         it, and its own; and the layers' (h, w); in execution order.
         """
@@ -270,10 +304,11 @@ class GuidedRun:
             check_places(options, q)
             heads = options["n_heads"]
             attended, own = taken.probabilities(address, q, k, heads)
-            maps.append(attended)
-            unmixed.append(own)
-            sizes.append(spatial_size(options))
-            if len(maps) == len(self.map_layers):
+            if not passes.recomputing:
+                maps.append(attended)
+                unmixed.append(own)
+                sizes.append(spatial_size(options))
+            if address == self.last_map_layer:
                 raise Enough
             if inner is not None:  # another node adds to the output (IPAdapter)
                 return replaced[CROSS](inner, q, k, v, options)
@@ -317,6 +352,9 @@ class GuidedRun:
             log.lines = [
                 f"step {step + 1}: " + " → ".join(f"{value:.4f}" for value in found) for step, found in values.items()
             ]
+            if self._kept_bytes:
+                how = "with checkpoints" if self.spec.checkpointing else "without checkpoints"
+                log.lines.append(f"memory: {self._kept_bytes / 2**20:.0f} MB kept for a gradient, {how}")
             log.masks = mask[:, 0].cpu()[:, None]
             in_a_row = [value for step in sorted(values) for value in values[step]]
             log.pictures = loss_curve(in_a_row, f"{region.kind}, every inner iteration") if in_a_row else None
