@@ -464,7 +464,7 @@ def merged(files: Sequence[Path]) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace, numbers: dict[str, Any], keep: Callable[[], None]) -> None:
-    """Fill in what the command line asks for; `keep` is called after every method."""
+    """Fill in what the command line asks for; `keep` is called after every picture."""
     sampling = nodes.Sampling(
         0, arguments.steps, arguments.cfg, arguments.sampler, arguments.scheduler, arguments.strength, arguments.rounds
     )
@@ -503,8 +503,8 @@ def run(arguments: argparse.Namespace, numbers: dict[str, Any], keep: Callable[[
                 result = bench.run(method, job)
                 scenes.append(measured(job, result))
                 results += [result] if len(results) < SHOWN else []
-            numbers["results"].setdefault(group, {})[method] = scenes
-            keep()
+                numbers["results"].setdefault(group, {})[method] = scenes
+                keep()
             shown += [(LABELS[method], results)] if method != "vae" else []
             print(f"  {time.time() - began:.0f} s: {group}, {' | '.join(row(LABELS[method], scenes))}", flush=True)
         if arguments.sheet:
