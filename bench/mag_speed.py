@@ -339,9 +339,10 @@ def speed(subject: Subject, width: int, rounds: int) -> tuple[str, Any]:
     height, across = subject.trajectory.size
     text += (
         f"\n\nWanted, a ratio of at most {TARGET:.2f}: {met} ({ratios.min():.3f} … {ratios.max():.3f}, "
-        f"rounds: {rounds}). SD1.5's layers, {width} channels and {heads_of(width)} heads (really 320 and 8), latent {height} × "
-        f"{across}, {steps} steps, {guided} of them guided with {ITERATIONS} iterations, Prompt-to-Prompt (cross 0.8, "
-        f"self 0.5), guidance {CFG}. The latents of the two ways differ by {found.apart:.1e} of the largest value "
+        f"rounds: {rounds}). SD1.5's layers, {width} channels and {heads_of(width)} heads (really 320 and 8), "
+        f"latent {height} × {across}, {steps} steps, {guided} of them guided with {ITERATIONS} iterations, "
+        f"Prompt-to-Prompt (cross 0.8, self 0.5), guidance {CFG}. The latents of the two ways differ by "
+        f"{found.apart:.1e} of the largest value "
         f"({SAME:.0e} allowed); the guidance moves them by {found.moved:.2g}. A call that leaves the UNet early counts "
         "as a call with all its rows in the first two lines."
     )
