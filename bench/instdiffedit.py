@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..core.instdiffedit import CURRENT, MEAN, MaskSettings, at_pixels, scaled, smoothed
+from ..core.instdiffedit import CURRENT, MEAN, MaskSettings, at_pixels, smoothed
 from ..core.unet import instdiffedit as core
 from ..core.unet.inputs import model_sigmas
 from ..nodes import instdiffedit as nodes
@@ -55,6 +55,8 @@ IOU, RATIO, FASTER, COST = 0.56, 3.7, 5.0, 1.05
 """What is aimed at: the paper's table 1, and the cost beside img2img of the same rows."""
 MAPS = 10
 """DiffEdit's number of noises."""
+EXTREME = 3.0
+"""And from how many times the mean on its differences are cut off."""
 LABELS = {
     "vae": "VAE round trip alone",
     "sdedit-0.5": "SDEdit, 0.5",
@@ -225,8 +227,9 @@ class Bench:
     def _diffedit(self, job: Job, latent: torch.Tensor, to_the_end: bool) -> torch.Tensor:
         """DiffEdit's mask in our own few lines: where the noise that two texts predict differs, over ten noises.
 
-        One prediction at half of the noise, as its authors have it, with their threshold of half the range; to_the_end:
-        the last one of whole denoisings, blurred, above 0.3, as in the program that InstDiffEdit's authors timed.
+        One prediction at half of the noise, as its authors have it, above half of what is left when extreme values are
+        cut off (diffusers' way). to_the_end: the last one of whole denoisings, blurred, above 0.3, as in the program
+        that InstDiffEdit's authors timed.
         """
         own = replace(self._seeded(job), rounds=MAPS)
         noise = core.independent_noise({}, latent, MAPS, own.seed)
@@ -247,7 +250,7 @@ class Bench:
         if to_the_end:
             difference = (predictions[0] - predictions[1]).square().sum(1).sqrt().mean(0)[None].cpu()
             return (smoothed(difference) > 0.3).float()
-        return (scaled(difference) > 0.5).float()
+        return (difference > 0.5 * EXTREME * difference.mean()).float()
 
 
 # ---------------------------------------------------------------- what came out

@@ -27,6 +27,7 @@ from .guided_sampler import SAMPLERS, guided_sampler, sampler_name
 from .inputs import checked_latent
 from .layers import Address, address_of, layer_table
 from .mag import map_layers
+from .partly import Enough
 
 KEY = "scalpel.instdiffedit"
 NEXT, CURRENT = BACKGROUNDS = ("next", "current")
@@ -135,10 +136,6 @@ class InstantMask:
         return result
 
 
-class _Enough(Exception):
-    """All maps of the last step are there: the rest of the UNet need not run."""
-
-
 class InstantRun:
     """State of one sampling run. masks: [images, h, w] after each step."""
 
@@ -189,7 +186,7 @@ class InstantRun:
                 if key in now.whole:
                     self._maps[address] = self._map(q[rows], k[rows], options)
             if self.leaving and len(self._maps) == len(self.layers):
-                raise _Enough
+                raise Enough
         return (inner or attention)(q, k, v, options)
 
     def _map(self, q: torch.Tensor, k: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
@@ -213,7 +210,7 @@ class InstantRun:
         def until_enough(model: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             try:
                 return function(model, x, *args, **kwargs)  # type: ignore[no-any-return]
-            except _Enough:
+            except Enough:
                 self._find()
                 return x
 
