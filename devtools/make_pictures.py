@@ -63,6 +63,11 @@ SHOWN = {
     "keep_object": Shown("Keep an object", CHANGED, "edited", "photo"),
     "change_background": Shown("Change the background", CHANGED, "edited", "photo"),
     "remove_object": Shown("Remove an object", CHANGED, "edited", "photo"),
+    "recolour_one": Shown(
+        "Recolour one of three", CHANGED, "edited", "photo", for_sdxl="Change a texture (SDXL)",
+    ),
+    "push_two_words": Shown("Push two words at once", CHANGED, "edited", "photo"),
+    "negative_words": Shown("Attenuate with negative words", ("photo", "without", "edited"), "edited", "without"),
     "region_prompts": Shown("Several prompts, several regions", ("one prompt", "regions"), "regions", "one prompt"),
     "edit_without_a_mask": Shown("Edit without a mask", ("photo", "mask", "edited"), "edited", "mask"),
 }  # fmt: skip

@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import cpam_workflows, instdiffedit_workflows, photo_workflows, token_workflows
+from . import cpam_workflows, instdiffedit_workflows, mag_workflows, photo_workflows, token_workflows
 from .server import CHECKOUT, ComfyServer
 from .workflow_files import Json, Node, Workflow
 
@@ -140,6 +140,7 @@ def files(info: Json) -> dict[Path, Json]:
         ("Compare four inversions", "compare_inversions", photo_workflows.compare_inversions(info)),
         ("One photo, four edits at once", "four_edits", photo_workflows.four_edits(info)),
         *((name, api_name, flow) for api_name, (name, flow) in cpam_workflows.workflows(info).items()),
+        *((name, api_name, flow) for api_name, (name, flow) in mag_workflows.workflows(info).items()),
         ("Edit without a mask", "edit_without_a_mask", instdiffedit_workflows.edit_without_a_mask(info)),
         ("Edit one part (SDXL)", "edit_one_part_sdxl", edit_one_part(SDXL, info)),
         ("Find a part (SDXL)", "find_a_part_sdxl", find_a_part(SDXL, info)),

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.ndimage import grey_dilation
 
 from scalpel.devtools import make_workflows
 from scalpel.devtools.server import CHECKOUT, ComfyError
-from scalpel.partsworld.judge import Judge
+from scalpel.partsworld.judge import Judge, nearest_colour
 
 WORKFLOWS = CHECKOUT / "example_workflows"
 API_FILE = {
@@ -276,6 +277,30 @@ def test_region_prompts_run_untouched_and_the_colours_are_where_they_belong(serv
     assert red(left).mean() > 0.05 < blue(right).mean()
 
 
+MAG = {
+    "recolour_one": {"partsworld_three": "green"},
+    "push_two_words": {"partsworld_three_left": "blue", "partsworld_three": "green"},
+    "negative_words": {"partsworld_three_purple": "yellow"},
+}
+"""The masks that are pushed in, and the colours that shall come there."""
+
+
+@pytest.mark.parametrize("name", MAG)
+def test_a_template_of_mag_edit_runs_untouched_and_recolours_what_is_masked(server, name):
+    prompt = api_workflow(name)
+    found = pictures(server, prompt, server.run(prompt))
+    elsewhere = np.ones((256, 256), bool)
+    for folder, colour in MAG[name].items():
+        path = CHECKOUT / "partsworld" / "pictures" / folder
+        photo = np.asarray(Image.open(path / "figure_01.png").convert("RGB")) / 255.0
+        mask = np.asarray(Image.open(path / "figure_01_mask.png").convert("L")) > 230
+        assert nearest_colour(found["edited"][mask]) == colour
+        assert nearest_colour(photo[mask]) != colour
+        elsewhere &= ~grey_dilation(mask, 17)
+    assert decibels(found["edited"][elsewhere], photo[elsewhere]) > 28
+    assert found["constraint"].shape == (400, 640, 3)
+
+
 def test_edit_without_a_mask_runs_untouched_and_finds_the_ground(server):
     prompt = api_workflow("edit_without_a_mask")
     found = pictures(server, prompt, server.run(prompt))
@@ -319,8 +344,8 @@ def test_word_or_token_runs_untouched(server):
     assert not np.array_equal(found["the word"], found["the token"])
 
 
-@pytest.mark.parametrize("name", ["replace_object", "keep_object", "region_prompts"])
-def test_templates_of_cpam_run_on_the_oldest_comfyui(old_server, name):
+@pytest.mark.parametrize("name", ["replace_object", "keep_object", "region_prompts", "push_two_words"])
+def test_templates_of_cpam_and_mag_edit_run_on_the_oldest_comfyui(old_server, name):
     prompt = with_fewer_steps(api_workflow(name))
     assert {"edited", "regions"} & set(pictures(old_server, prompt, old_server.run(prompt)))
 
@@ -346,7 +371,7 @@ def test_the_sdxl_workflows_are_valid_where_their_files_are(name, which, request
             path.parent.mkdir(exist_ok=True)
             path.touch()
         # Accepted, and then only the empty files stop it.
-        with pytest.raises(ComfyError, match=r"^(CheckpointLoaderSimple|PartTokenLoader):"):
+        with pytest.raises(ComfyError, match=r"^(CheckpointLoaderSimple|PartToken(Loader|Dataset)):"):
             server.wait(server.submit(api_workflow(name)))
     finally:
         for path in placeholders:

@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import comfy.ldm.modules.attention
 import comfy.sample
 import comfy.samplers
 import comfy.supported_models
@@ -32,6 +33,7 @@ from scalpel.nodes.prompt_to_prompt import PromptToPrompt
 from scalpel.nodes.trajectories import RecordTrajectory
 from scalpel.partsworld import loader
 from scalpel.tests import tiny
+from scalpel.tests.test_rider import Control
 
 pytestmark = pytest.mark.usefixtures("inference")
 KINDS = {"SD1.5": tiny.SD15, "SDXL": tiny.SDXL}
@@ -444,6 +446,41 @@ def test_prompt_to_prompt_acts_without_iterations_and_outside_the_mask_the_sourc
     assert tiny.relative(made, plain) > 1e-2
     pasted = sampled(guided(model, source, scale=0.0)[0])
     assert torch.equal(pasted[:, :, :6], sampled_once["samples"][:, :, :6])
+
+
+@pytest.mark.parametrize("name", ["attention_pytorch", "attention_basic", "attention_split"])
+def test_any_of_comfyui_s_attentions_gives_the_gradient(model, name, monkeypatch):
+    """Under Prompt-to-Prompt, which adds to the attention's output: some keep it for the backward pass."""
+    kind = tiny.SD15
+    trajectory = RecordTrajectory.execute(
+        model, 7, 4, 1.0, "euler", "normal", tiny.prompt(kind, 1), tiny.prompt(kind, 3), tiny.latent(H, W), 1.0
+    ).args[1]
+    control = PromptControl(0.5 * torch.eye(77), torch.ones(77), torch.full((77,), 0.8), torch.ones(77), 0.5)
+    source = Source(trajectory, tiny.prompt(kind, 1), control)
+    usual = sampled(guided(model, source)[0])
+    attention = getattr(comfy.ldm.modules.attention, name)
+    monkeypatch.setattr(comfy.ldm.modules.attention, "optimized_attention", attention)
+    assert tiny.relative(sampled(guided(model, source)[0]), usual) < 1e-4
+
+
+def test_a_controlnet_of_the_prompt_is_part_of_the_gradient(model):
+    """ComfyUI adds it in place to what the encoder hands to the decoder."""
+
+    class ToTheDecoder(Control):
+        def get_control(self, x, *args):
+            middle = super().get_control(x, *args)
+            return {**middle, "output": [None] * 11 + [torch.full((len(x), 128, 3, 2), self.strength)]}
+
+    runs = []
+    for strength in (0.0, 1.0):
+        control = ToTheDecoder(strength)
+        positive = tiny.with_options(tiny.prompt(tiny.SD15, 2), control=control)
+        patched, log = guided(model, iterations=3, scale=50.0)
+        runs.append((sampled(patched, positive=positive), told(log.lines)))
+        assert sum(control.rows) == 2 * 3 + 4  # each iteration, each step
+    (plain, _), (made, values) = runs
+    assert tiny.relative(made, plain) > 1e-3
+    assert values[0] == sorted(values[0], reverse=True)
 
 
 @pytest.mark.parametrize("negative", [False, True])

@@ -325,6 +325,8 @@ class GuidedRun:
                 )
             return out
 
+        if any(entry.get("control") is not None for entry in conds):
+            model_options = _with_skips_of_their_own(model_options)
         patches = {SELF: self_attention, CROSS: cross_attention}
         call_partly(self.guider.inner_model, conds, z, sigma, model_options, self.table, patches)
         return maps, unmixed, sizes
@@ -366,6 +368,14 @@ def _of_rows(mask: torch.Tensor, rows: int, latent: tuple[int, int]) -> torch.Te
     if rows % len(mask):
         raise ValueError(f"mask: {len(mask)} masks for {rows} pictures; give 1, or one for each")
     return mask[[row % len(mask) for row in range(rows)]].float()
+
+
+def _with_skips_of_their_own(model_options: dict[str, Any]) -> dict[str, Any]:
+    """Options with which a ControlNet is not added, in place, to what the backward pass needs of the encoder."""
+    options = dict(model_options.get("transformer_options", {}))
+    patches, name = dict(options.get("patches", {})), "input_block_patch_after_skip"
+    patches[name] = [*patches.get(name, []), lambda h, _: h.clone()]
+    return {**model_options, "transformer_options": {**options, "patches": patches}}
 
 
 def map_layers(table: LayerTable) -> frozenset[Address]:

@@ -107,7 +107,7 @@ class Taken:
                 source_q, source_k = self._source_rows(CROSS, address_of(options), rows)
                 added[rows.start] = attention(source_q, source_k[:, :sources], taken @ v[rows, :tokens], options)
                 values[rows] = v[rows] * own.repeat(v.shape[1] // tokens)[:, None]
-            out = (inner or attention)(q, k, values, options)
+            out = (inner or attention)(q, k, values, options).clone()  # autograd keeps the output of some attentions
             for rows in positive(len(q), options):
                 out[rows] = out[rows] + added[rows.start]
             return out
