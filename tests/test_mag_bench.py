@@ -115,13 +115,13 @@ def test_edges_know_no_colour_but_shape_and_contrast():
 def test_a_report_has_a_line_for_each_method_and_counts_scenes():
     numbers = bench.empty_numbers()
     numbers["results"] = {
-        "p2p": record("p2p", (0, False, 20.0), (1, True, 22.0)),
+        "p2p": record("p2p", (0, False, 20.0), (4, True, 22.0)),
         "mag-token": record("mag-token", (0, True, 30.0)),
     }
     text = bench.report(numbers)
     assert "### MAG: one of like objects, 2 scenes" in text
-    assert "| P2P | 50% | 100% | 50% | 12.0 dB | 0.500 | 21.0 dB |" in text
-    assert "| MAG, token ratio, 1 scenes | 100% |" in text
+    assert "| P2P | 50% | 0% | 100% | 100% | 50% | 12.0 dB | 0.500 | 21.0 dB |" in text
+    assert "| MAG, token ratio, 1 scenes | 100% | 100% | – |" in text
 
 
 def test_methods_are_compared_on_the_scenes_that_both_have():
