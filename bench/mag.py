@@ -212,9 +212,10 @@ class Bench:
             prompt_control=control, trajectory=job.trajectory, **PAPERS_INPUTS | method.guidance,
         ).args  # fmt: skip
         edited = SamplerCustom.execute(guided, False, 0, CFG, edit, self.nothing, sampler, sigmas, start).args[0]
-        values = [line.rpartition(" ")[2] for line in log.lines]
+        guided_steps = [line for line in log.lines if line.startswith("step ")]
+        values = [line.rpartition(" ")[2] for line in guided_steps]
         return Edit(
-            self.decode(edited["samples"]), sum(1 + line.count("→") for line in log.lines),
+            self.decode(edited["samples"]), sum(1 + line.count("→") for line in guided_steps),
             float(values[-1]) if values else None, time.time() - began,
         )  # fmt: skip
 
