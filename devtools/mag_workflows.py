@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .token_workflows import ABOUT_THE_MODEL, save_picture
 from .workflow_files import Json, Node, Workflow
@@ -21,7 +22,7 @@ class Push:
 
     words: str
     folder: str = ""
-    more: tuple[tuple[str, object], ...] = ()
+    more: tuple[tuple[str, Any], ...] = ()
 
 
 YOUR_OWN = """For a picture of your own put **Load Image** in the place of the node *photo*, paint one object in its \
@@ -100,7 +101,7 @@ def workflows(info: Json) -> dict[str, tuple[str, Workflow]]:
         Push("yellow", more=FEW),
         Push("yellow", more=(*FEW, ("negative_words", "purple"), ("negative_scale", 1.0))),
     )
-    made = {
+    made: dict[str, tuple[Any, ...]] = {
         "recolour_one": ("Recolour one of three", ONE_NOTE, THREE, ORANGE, GREEN_ONE, {"edited": (one,)}),
         "push_two_words": ("Push two words at once", TWO_NOTE, THREE, ORANGE, BLUE_AND_GREEN, {"edited": (one, two)}),
         "negative_words": (
@@ -171,7 +172,7 @@ def _edit(
             mask = photo[1]
             if push.folder:
                 mask = _photo(flow, push.folder, 620, "its mask", left + 20 + 350 * number)[1]
-            first = {"prompt_control": words[0], "trajectory": inverted[0]} if number == 0 else {}
+            first: Json = {"prompt_control": words[0], "trajectory": inverted[0]} if number == 0 else {}
             guided = flow.node(
                 "MAGGuidance", at=(left + 20 + 350 * number, 75), size=(310, 500), model=patched, clip=model[1],
                 edit_text=edit, words=push.words, mask=mask, **{"preset": "fast", **dict(push.more)}, **first,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +51,20 @@ def seed_input(tooltip: str = "Seed of the noise.") -> io.Int.Input:
         control_after_generate=True,
         tooltip=tooltip,
     )
+
+
+def tell_of(node: type[io.ComfyNode]) -> Callable[[str], None]:
+    """A function that shows a text on the node while a run goes on; it needs `io.Hidden.unique_id` in the schema. Where
+    no page is listening, as in tests, nothing is shown.
+    """
+    number = getattr(getattr(node, "hidden", None), "unique_id", None)
+
+    def tell(text: str) -> None:
+        server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+        if server is not None and number is not None:
+            server.send_progress_text(text, number)
+
+    return tell
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

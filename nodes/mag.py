@@ -25,6 +25,7 @@ from .common import (
     check_range,
     checked_mask,
     schema,
+    tell_of,
 )
 from .prompt_to_prompt import items, places
 
@@ -110,6 +111,7 @@ class MAGGuidance(io.ComfyNode):
                 io.Model.Output(display_name="model", tooltip="For any sampler that goes on with its own latent."),
                 RunLogType.Output(display_name="run_log", tooltip="The constraint at every iteration, for Run Log."),
             ],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -148,7 +150,7 @@ class MAGGuidance(io.ComfyNode):
             iterations, scale = max(1, round(iterations / FEWER)), scale * EVEN
         region = mag.Region(
             tuple(pushes), where, constraint, iterations, until, scale, spatial_weight, preset == FAST, edit_text,
-            run_log,
+            run_log, tell_of(cls),
         )  # fmt: skip
         return io.NodeOutput(mag.guide(model, _with(mag.spec_of(model), region, source, checkpointing)), run_log)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import io
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
+import aiohttp
 import comfy.ldm.modules.attention
 import comfy.sample
 import comfy.samplers
@@ -277,6 +280,32 @@ def test_the_constraint_falls_and_the_model_is_as_it_was(name, inference):
         assert values == sorted(values, reverse=True)
     assert torch.equal(sampled(clone, kind), made)
     assert torch.equal(sampled(patcher, kind), before)
+
+
+def test_a_run_cancelled_between_two_iterations_leaves_the_model_as_it_was(monkeypatch):
+    patcher, calls = tiny.model(tiny.SD15, inference=True), []
+    before = sampled(patcher)
+    patched, _ = guided(patcher, iterations=3, scale=5.0)
+    whole = sampled(patched)
+
+    def interrupt():
+        calls.append(1)
+        if len(calls) == 2:
+            raise InterruptedError
+
+    monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", interrupt)
+    with pytest.raises(InterruptedError):
+        sampled(patched)
+    monkeypatch.undo()
+    assert torch.equal(sampled(patcher), before)
+    assert torch.equal(sampled(patched), whole)
+
+
+def test_a_run_tells_of_every_iteration():
+    said = []
+    sampled(guided(tiny.model(tiny.SD15), tell=said.append)[0])
+    assert len(said) == 2 * 2
+    assert re.fullmatch(r"step 2 of 4, iteration 2 of 2\ntoken ratio: 0\.\d{4} → 0\.\d{4}", said[-1])
 
 
 def test_outside_of_the_guided_steps_nothing_is_different():
@@ -678,6 +707,28 @@ def test_a_server_guides_with_gradients_and_leaves_the_model_as_it_was(server):
         server.run(graph(words="green"))
     again = server.run(graph(again=True))["outputs"]
     assert {name: pixels(server, again[f"{name} saved"]) for name in pictures} == pictures
+
+
+def test_a_server_shows_the_constraint_on_the_node_while_it_runs(server):
+    async def texts():
+        client, found = "watching", []
+        address = f"http://{server.address}/ws?clientId={client}"
+        async with aiohttp.ClientSession() as session, session.ws_connect(address, max_msg_size=0) as socket:
+            prompt_id = await asyncio.to_thread(server.submit, graph(scale=2.4), client)
+            async for message in socket:
+                if message.type is aiohttp.WSMsgType.BINARY and int.from_bytes(message.data[:4]) == 3:  # a text
+                    length = int.from_bytes(message.data[4:8])
+                    found.append((message.data[8 : 8 + length].decode(), message.data[8 + length :].decode()))
+                elif message.type is aiohttp.WSMsgType.TEXT:
+                    event = json.loads(message.data)
+                    if event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
+                        assert event["data"]["prompt_id"] == prompt_id
+                        return found
+        return found
+
+    found = asyncio.run(asyncio.wait_for(texts(), 120))
+    assert {node for node, _ in found} == {"guided"}
+    assert found[-1][1].startswith("step 2 of 4, iteration 2 of 2\ntoken ratio: 0.")
 
 
 # ---------------------------------------------------------------- small models of both families on the server

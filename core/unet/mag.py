@@ -7,6 +7,7 @@ the UNet after the last layer whose map the constraint reads, and the gradient g
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +48,7 @@ class Region:
     """What one MAG Guidance asks for. pushes: the words; mask: [1 or rows, H, W], binary; kind: of the constraint;
     until: fraction of the steps, each of which moves the latent `iterations` times: by scale · σ · (1 + σ²) · gradient,
     or, if `even`, by the gradient of root mean square scale · σ in the mask. edit_text: where the words are from; log:
-    gets the constraint's values.
+    gets the constraint's values; tell: shows a text while the run goes on.
     """
 
     pushes: tuple[Push, ...]
@@ -60,6 +61,7 @@ class Region:
     even: bool = False
     edit_text: str = ""
     log: RunLog = field(default_factory=lambda: RunLog("MAG Guidance"), compare=False)
+    tell: Callable[[str], None] = field(default=lambda _: None, compare=False)
 
     def asks(self, step: int, steps: int, iteration: int) -> bool:
         """Whether it moves the latent in this iteration of this step."""
@@ -281,8 +283,17 @@ class GuidedRun:
             measured = [own if taken.replaces(push.tokens) else maps for push in region.pushes]
             value = constraint(region.kind, region.pushes, measured, insides, region.outside_weight)
             self.values[i].setdefault(step, []).append(float(value.detach().mean()))
+            self._tell(i, step)
             total = total + region.scale * value.sum()
         return total
+
+    def _tell(self, region: int, step: int) -> None:
+        """Show how far a region is."""
+        asked, values = self.spec.regions[region], self.values[region][step]
+        asked.tell(
+            f"step {step + 1} of {self.evaluation.steps}, iteration {len(values)} of {asked.iterations}\n"
+            f"{asked.kind}: {values[0]:.4f} → {values[-1]:.4f}"
+        )
 
     def maps(
         self, z: torch.Tensor, sigma: float, taken: Taken, conds: list[dict[str, Any]], model_options: dict[str, Any],
