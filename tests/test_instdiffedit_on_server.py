@@ -44,15 +44,16 @@ def graph(server, **changes):
         "blended": save(["find", 1], "blended"),
         "inpainted": save(["inpaint", 0], "inpainted"),
         "original": save(["encode", 0], "original"),
-        **{
-            name: part
-            for name, link in {"mask": ["find", 0], "steps": ["find", 2], "alone": ["alone", 0]}.items()
-            for name, part in (
-                (f"{name} image", node("MaskToImage", mask=link)),
-                (f"{name} shown", node("PreviewImage", images=[f"{name} image", 0])),
-            )
-        },
     }  # fmt: skip
+
+
+def previews():
+    """The masks of `graph` as pictures."""
+    nodes = {}
+    for name, link in {"mask": ["find", 0], "steps": ["find", 2], "alone": ["alone", 0]}.items():
+        nodes[f"{name} image"] = node("MaskToImage", mask=link)
+        nodes[f"{name} shown"] = node("PreviewImage", images=[f"{name} image", 0])
+    return nodes
 
 
 def shown(server, found):
@@ -64,8 +65,8 @@ def test_a_mask_is_found_and_inpainted_in_one_graph_beside_an_ordinary_one(which
     server = request.getfixturevalue(which)
     before = latents(server, plain_graph())["plain"]
     whole = graph(server, seed=11) | plain_graph()
-    outputs = server.run(whole)["outputs"]
     found = latents(server, whole)
+    outputs = server.run(whole | previews())["outputs"]
     assert torch.equal(found["plain"], before)
     for name in ("blended", "inpainted"):
         assert torch.isfinite(found[name]).all()
