@@ -295,8 +295,8 @@ inside and outside the exact mask, against the picture that was given, as in the
 - All masks go to the same inpainting: ComfyUI's noise mask, full denoise, no inpainting checkpoint.
 - DiffEdit: our own few lines on the same model (diffusers' pipeline, written for another kind of VAE than the demo \
 model's, was not tried), with the phrase for what is there as reference text. "DiffEdit": one prediction for each of \
-{MAPS} noises and two texts, as its authors have it. "Denoised to the end": {MAPS} whole guided denoisings for each text, as in the program that \
-InstDiffEdit's authors compare with.
+{MAPS} noises and two texts, as its authors have it. "Denoised to the end": {MAPS} whole guided denoisings for each \
+text, as in the program that InstDiffEdit's authors compare with.
 - Seconds: of the processor, one thread."""
 
 
