@@ -426,7 +426,7 @@ def test_samplers_go_on_with_a_latent_that_was_moved(name):
     """Moved before its first evaluation, it is as if the run had begun there. All others are refused by name."""
     sampler = comfy.samplers.sampler_object(name)
     if sampler_name(sampler) not in SAMPLERS:
-        with pytest.raises(ValueError, match="sampler: MAG Guidance moves the latent that a sampler goes on with"):
+        with pytest.raises(ValueError, match=r"sampler: .* goes on with copies of its latent, which"):
             guided_sampler(sampler, None, None)
         return
     sigmas = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5])

@@ -21,16 +21,19 @@ shows it a trial point at the next step's noise level first.)
 """
 
 
-def guided_sampler(sampler: Any, before: Callable[..., None], after: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def guided_sampler(
+    sampler: Any, before: Callable[..., None], after: Callable[[torch.Tensor], torch.Tensor], given_as: str = "sampler"
+) -> Any:
     """The same SAMPLER, whose every evaluation of the model is preceded by `before(x, sigma, arguments)`, which may
-    change x in place, and whose result is what `after` makes of it. ValueError names a sampler that would not notice.
+    change x in place, and whose result is what `after` makes of it. ValueError names a sampler that would not notice,
+    and the input that it was `given_as`.
     """
     function = getattr(sampler, "sampler_function", None)
     name = sampler_name(sampler)
     if function is None or name not in SAMPLERS:
         raise ValueError(
-            f"sampler: MAG Guidance moves the latent that a sampler goes on with, and {name} works on copies of its "
-            f"own; accepted are {', '.join(sorted(SAMPLERS))}"
+            f"{given_as}: {name} goes on with copies of its latent, which must be changed between the steps; accepted "
+            f"are {', '.join(sorted(SAMPLERS))}"
         )
 
     def sample(model: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -23,7 +23,7 @@ from ..trajectory import Conditioning, same_level
 from .attention import Replacement, attention, check_places, replace_attention
 from .capture import spatial_size
 from .evaluation import Evaluation
-from .guided_sampler import SAMPLERS, guided_sampler, sampler_name
+from .guided_sampler import guided_sampler
 from .inputs import checked_latent
 from .layers import Address, address_of, layer_table
 from .mag import map_layers
@@ -199,12 +199,7 @@ class InstantRun:
 
     def watched(self, sampler: Any) -> Any:
         """The same SAMPLER, whose latent is blended after each step. ValueError names one that would not notice."""
-        if sampler_name(sampler) not in SAMPLERS:
-            raise ValueError(
-                f"sampler_name: {sampler_name(sampler)} goes on with copies of its latent, which must be blended "
-                f"between the steps; accepted are {', '.join(sorted(SAMPLERS))}"
-            )
-        watched = guided_sampler(sampler, self._before, self._blended)
+        watched = guided_sampler(sampler, self._before, self._blended, "sampler_name")
         function = watched.sampler_function
 
         def until_enough(model: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
