@@ -49,7 +49,7 @@ from . import _report
 from .feature_blend import SD15, SDXL, clock, fill
 
 TARGET = 0.50
-SAME = 1e-4
+SAME = 5e-4
 """Largest difference of the two ways' latents, over the largest value."""
 WORD = 5
 """Place of the word that the edit has and the source has not."""
