@@ -463,15 +463,18 @@ def run_curve(
     bench: Bench, jobs: Sequence[Job], axis: str, method: Method, path: Path, numbers: dict[str, Any],
     keep: Callable[[], None],
 ) -> None:  # fmt: skip
-    """One input of MAG Guidance over its values, the others as the method has them; the plot goes to `path`."""
+    """One input of MAG Guidance over its values, the others as the method has them; the plot, with pictures of the
+    middle one of the jobs, goes to `path`.
+    """
     found: dict[str, Any] = {"axis": axis, "label": method.label, "points": []}
-    strip = [jobs[0].picture]
+    shown = len(jobs) // 2
+    strip = [jobs[shown].picture]
     for at in AXES[axis][1]:
         here = replace(method, guidance={**method.guidance, axis: at})
         edits = [bench.edit(job, here) for job in jobs]
         scenes = [measure(job, edit) for job, edit in zip(jobs, edits, strict=True)]
         found["points"].append({"at": at, "scenes": scenes})
-        strip.append(edits[0].picture)
+        strip.append(edits[shown].picture)
         print(f"  {axis} {at:g}: colour {_mean(scene['right'] for scene in scenes):.0%}", flush=True)
         numbers["curves"][axis] = found
         keep()
