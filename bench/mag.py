@@ -171,10 +171,11 @@ class Edit:
 class Bench:
     """The demo model. Everything runs under `torch.inference_mode()`, as in the server."""
 
-    def __init__(self, weights: Path, steps: int, inversion: str) -> None:
+    def __init__(self, weights: Path, steps: int, inversion: str, cfg: float = CFG) -> None:
         self.model, self.clip, self.vae = loader.load(weights)
         self.steps = steps
         self.inversion = inversion
+        self.cfg = cfg
         self.nothing = encode(self.clip, [""])
 
     def decode(self, latent: torch.Tensor) -> np.ndarray:
@@ -192,7 +193,7 @@ class Bench:
         source = encode(self.clip, [task.scene.caption()])
         if self.inversion == "null-text":
             made = NullTextInversion.execute(
-                self.model, source, self.nothing, latent, self.steps, "ddim_uniform", CFG, 10, 0.01
+                self.model, source, self.nothing, latent, self.steps, "ddim_uniform", self.cfg, 10, 0.01
             )
         else:
             made = DDIMInversion.execute(self.model, source, latent, self.steps, "ddim_uniform", 0)
@@ -211,7 +212,7 @@ class Bench:
             replayed, self.clip, text, task.wanted, job.mask if method.blend else torch.ones_like(job.mask),
             prompt_control=control, trajectory=job.trajectory, **PAPERS_INPUTS | method.guidance,
         ).args  # fmt: skip
-        edited = SamplerCustom.execute(guided, False, 0, CFG, edit, self.nothing, sampler, sigmas, start).args[0]
+        edited = SamplerCustom.execute(guided, False, 0, self.cfg, edit, self.nothing, sampler, sigmas, start).args[0]
         guided_steps = [line for line in log.lines if line.startswith("step ")]
         values = [line.rpartition(" ")[2] for line in guided_steps]
         return Edit(
@@ -356,7 +357,9 @@ def report(numbers: dict[str, Any]) -> str:
             few = len(record["scenes"])
             lines.append([label if few == counted else f"{label}, {few} scenes", *cells])
         task = task_of(records[next(iter(records))]["scenes"][0]["number"])
-        said = SAID.format(source=task.scene.caption(), edit=task.truth.caption(), cfg=CFG)
+        said = SAID.format(
+            source=task.scene.caption(), edit=task.truth.caption(), cfg=numbers["settings"].get("cfg", CFG)
+        )
         texts += [f"### MAG: one of like objects, {counted} scenes", said, _report.table(HEAD, lines), beaten(records)]
     for axis in numbers["curves"].values():
         texts.append(curve_table(axis))
@@ -432,7 +435,7 @@ def plot(axis: dict[str, Any], strip: Sequence[np.ndarray], path: Path) -> None:
 
 def run(arguments: argparse.Namespace, numbers: dict[str, Any], keep: Callable[[], None]) -> None:
     """Fill in what the command line asks for; `keep` is called after every method, or point of a curve."""
-    bench = Bench(arguments.weights, arguments.steps, arguments.inversion)
+    bench = Bench(arguments.weights, arguments.steps, arguments.inversion, arguments.cfg)
     jobs = [bench.job(arguments.first + i) for i in range(arguments.scenes)]
     print(f"  {len(jobs)} pictures inverted", flush=True)
     if arguments.curves:
@@ -522,6 +525,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=50)
     parser.add_argument("--first", type=int, default=0, help="number of the first scene; validation: from 100 on")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cfg", type=float, default=CFG)
     parser.add_argument("--inversion", choices=("ddim", "null-text"), default="ddim")
     parser.add_argument("--weights", type=Path, default=loader.WEIGHTS, help="another checkpoint")
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="a sheet of pictures")
@@ -540,7 +544,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
 
     if not arguments.merge:
-        numbers["settings"] = {"steps": arguments.steps, "inversion": arguments.inversion}
+        numbers["settings"] = {"steps": arguments.steps, "inversion": arguments.inversion, "cfg": arguments.cfg}
         with torch.inference_mode():
             run(arguments, numbers, keep)
         keep()
