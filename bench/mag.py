@@ -392,7 +392,7 @@ def curve_table(axis: dict[str, Any]) -> str:
     count = len(axis["points"][0]["scenes"])
     title = f"### MAG: {axis['axis']}, {axis['label']}, {count} scenes"
     return (
-        f"{title}\n\n![edits over {AXES[axis['axis']][0]}](docs/{PLOTS[axis['axis']]})\n\n{_report.table(head, lines)}"
+        f"{title}\n\n![edits over {AXES[axis['axis']][0]}](web/docs/{PLOTS[axis['axis']]})\n\n{_report.table(head, lines)}"
     )
 
 
@@ -531,7 +531,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="a sheet of pictures")
     parser.add_argument("--curves", action="store_true", help="the first of --methods over --axes, and nothing else")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
-    parser.add_argument("--plots", type=Path, default=Path("docs"), help="folder of the plots (default: %(default)s)")
+    parser.add_argument("--plots", type=Path, default=Path("web/docs"), help="folder of the plots (default: %(default)s)")
     parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing, make one report of these JSON files")
     arguments = parser.parse_args(argv)
     comfy.utils.set_progress_bar_enabled(False)
