@@ -391,9 +391,8 @@ def curve_table(axis: dict[str, Any]) -> str:
         ])  # fmt: skip
     count = len(axis["points"][0]["scenes"])
     title = f"### MAG: {axis['axis']}, {axis['label']}, {count} scenes"
-    return (
-        f"{title}\n\n![edits over {AXES[axis['axis']][0]}](web/docs/{PLOTS[axis['axis']]})\n\n{_report.table(head, lines)}"
-    )
+    picture = f"![edits over {AXES[axis['axis']][0]}](web/docs/{PLOTS[axis['axis']]})"
+    return "\n\n".join([title, picture, _report.table(head, lines)])
 
 
 def plot(axis: dict[str, Any], strip: Sequence[np.ndarray], path: Path) -> None:
@@ -531,7 +530,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="a sheet of pictures")
     parser.add_argument("--curves", action="store_true", help="the first of --methods over --axes, and nothing else")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
-    parser.add_argument("--plots", type=Path, default=Path("web/docs"), help="folder of the plots (default: %(default)s)")
+    parser.add_argument("--plots", type=Path, default=Path("web/docs"), help="where plots go (default: %(default)s)")
     parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing, make one report of these JSON files")
     arguments = parser.parse_args(argv)
     comfy.utils.set_progress_bar_enabled(False)
