@@ -187,9 +187,7 @@ def test_mag_guidance_moves_the_latent_of_a_model_that_takes_features():
 def test_bad_inputs_are_named():
     patcher = tiny.model(tiny.SD15)
     _, trajectory = recorded(patcher, tiny.SD15)
-    with pytest.raises(
-        ValueError, match=r"feature_until: 1\.5 is out of range; accepted are numbers from 0"
-    ):
+    with pytest.raises(ValueError, match=r"feature_until: 1\.5 is out of range; accepted are numbers from 0"):
         patch(patcher, trajectory, 1.5)
     with pytest.raises(ValueError, match="trajectory: it was made with a model of another model family"):
         patch(tiny.model(tiny.SDXL), trajectory)
