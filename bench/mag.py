@@ -78,6 +78,9 @@ METHODS = {
     "mag-token": Method("MAG, token ratio", {"constraint": TOKEN_RATIO}),
     "mag-spatial": Method("MAG, spatial ratio", {"constraint": SPATIAL_RATIO}),
     "mag-token-fast": Method("MAG, token ratio, fast", {"constraint": TOKEN_RATIO, **CHOSEN}),
+    "mag-token-default": Method(
+        "MAG, token ratio, fast, other inputs as they are", {"constraint": TOKEN_RATIO, "preset": FAST}
+    ),
     "mag-spatial-fast": Method("MAG, spatial ratio, fast", {"constraint": SPATIAL_RATIO, **CHOSEN}),
 }
 BASELINES = [name for name in METHODS if not name.startswith("mag")]
