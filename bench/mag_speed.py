@@ -41,9 +41,10 @@ from ..core.run_log import RunLog
 from ..core.trajectory import Trajectory
 from ..core.unet import inverting, mag
 from ..core.unet.attention import Replacement, attention, replace_attention
-from ..core.unet.checkpointing import checkpoints, counted_bytes, estimate
+from ..core.unet.checkpointing import checkpoints, counted_bytes
+from ..core.unet.gradient_memory import estimate
 from ..core.unet.gradients import gradients
-from ..core.unet.layers import LayerTable, address_of, layer_table
+from ..core.unet.layers import LayerTable, address_of, layer_table, map_layers
 from ..core.unet.taken_attention import Source
 from . import _report
 from .feature_blend import SD15, SDXL, clock, fill
@@ -161,7 +162,7 @@ class Algorithm1:
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
         self.table: LayerTable = layer_table(subject.model)
-        self.maps_of = mag.map_layers(self.table)
+        self.maps_of = map_layers(self.table)
         self.stored: dict[Any, torch.Tensor] = {}
         self.maps: list[torch.Tensor] = []
 
@@ -401,7 +402,7 @@ def kept_bytes(
     base = config.get_model({}, "", device=torch.device("meta"))
     unet, cpu = base.diffusion_model, torch.device("cpu")
     table = layer_table(comfy.model_patcher.ModelPatcher(base, cpu, cpu))
-    where = mag.map_layers(table)
+    where = map_layers(table)
     last = [address for address in table.layers if address in where][-1]
     computed = cast or dtype
     maps: list[torch.Tensor] = []

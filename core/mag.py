@@ -72,11 +72,14 @@ def normalised(gradient: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     """The gradient [rows, C, h, w] of a root mean square of 1 over a mask [rows, 1, h, w] of zeros and ones, by rows.
 
     The authors' moves become shorter as noise falls, and what the first steps have reached is lost in later ones; moves
-    of one length hold it. A gradient of zeros stays so.
+    of one length hold it. A gradient of zeros becomes 0.
     """
     dims = (1, 2, 3)
-    mean_square = (gradient.square() * inside).sum(dims) / (inside.sum(dims) * gradient.shape[1]).clamp_min(1)
-    return gradient / mean_square.sqrt().clamp_min(torch.finfo(torch.float32).tiny)[:, None, None, None]
+    largest = (gradient.abs() * inside).amax(dims, keepdim=True)
+    gradient = gradient / torch.where(largest > 0, largest, 1)  # or the squares of small ones would be 0
+    numbers = inside.sum(dims, keepdim=True) * gradient.shape[1]
+    mean_square = (gradient.square() * inside).sum(dims, keepdim=True) / numbers
+    return torch.where(largest > 0, gradient / mean_square.sqrt(), 0)
 
 
 def injected_attention(

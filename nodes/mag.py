@@ -68,7 +68,7 @@ class MAGGuidance(io.ComfyNode):
                 io.Combo.Input(
                     "preset", options=list(PRESETS), default=PAPER,
                     tooltip="paper: as the numbers here say. fast: a fifth of the iterations, whose moves do not get "
-                    "shorter from step to step; on the demo model it brings more colours, in a fifth of the time.",
+                    "shorter from step to step; on the demo model it brings more colours, in a fifth of the passes.",
                 ),
                 io.Int.Input(
                     "iterations", default=15, min=1, max=MOST_ITERATIONS,
@@ -103,8 +103,8 @@ class MAGGuidance(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "checkpointing", default=False, optional=True,
-                    tooltip="Gradients in much less memory, in half as much time again: for large pictures or small "
-                    "cards.",
+                    tooltip="Gradients in much less memory, for which the UNet's blocks run twice: for large pictures "
+                    "or small cards.",
                 ),
             ],
             outputs=[

@@ -14,7 +14,8 @@ import torch
 from scalpel.core.heatmap import probabilities
 from scalpel.core.unet import inverting
 from scalpel.core.unet.attention import attention, replace_attention
-from scalpel.core.unet.checkpointing import blocks, checkpoints, counted_bytes, estimate, reserve
+from scalpel.core.unet.checkpointing import blocks, checkpoints, counted_bytes
+from scalpel.core.unet.gradient_memory import estimate, reserve
 from scalpel.core.unet.gradients import gradients, ordinary
 from scalpel.core.unet.layers import address_of, layer_table
 from scalpel.tests import tiny

@@ -25,8 +25,7 @@ from scalpel.core.instdiffedit import (
 )
 from scalpel.core.prompt_to_prompt import Prompt, Word
 from scalpel.core.unet import instdiffedit as core
-from scalpel.core.unet.layers import layer_table
-from scalpel.core.unet.mag import map_layers
+from scalpel.core.unet.layers import layer_table, map_layers
 from scalpel.core.unet.prompt_tokens import read_prompt
 from scalpel.core.written_words import written_words
 from scalpel.nodes.instdiffedit import InstDiffEditMask, InstDiffEditSampler

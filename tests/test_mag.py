@@ -27,7 +27,7 @@ from scalpel.core.unet import mag
 from scalpel.core.unet.checkpointing import Checkpoints
 from scalpel.core.unet.guided_sampler import SAMPLERS, guided_sampler, sampler_name
 from scalpel.core.unet.inverting import model_mark
-from scalpel.core.unet.layers import layer_table
+from scalpel.core.unet.layers import layer_table, map_layers
 from scalpel.core.unet.taken_attention import Source
 from scalpel.devtools.server import CHECKOUT, ComfyError
 from scalpel.nodes.inversion import DDIMInversion
@@ -211,6 +211,7 @@ def test_a_normalised_gradient_has_length_1_inside_whatever_it_is_outside():
         assert float(region.square().mean()) == pytest.approx(1, rel=1e-5)
         assert tiny.relative(found[row] / found[row].abs().max(), gradient[row] / gradient[row].abs().max()) < 1e-5
     assert torch.equal(normalised(torch.zeros(1, 4, 6, 5), inside[:1]), torch.zeros(1, 4, 6, 5))
+    assert tiny.relative(normalised(1e-24 * gradient, inside), found) < 1e-5  # whose squares are 0 in single precision
 
 
 def test_words_are_weighted_and_negative_ones_count_against():
@@ -543,7 +544,7 @@ def test_the_mask_must_be_there_where_the_constraint_is_measured():
 def test_the_constraint_is_measured_in_the_authors_five_layers():
     table = layer_table(tiny.golden_model("mag_a", comfy.supported_models.SD15))
     five = {("input", 7, 0), ("input", 8, 0), ("output", 3, 0), ("output", 4, 0), ("output", 5, 0)}
-    assert mag.map_layers(table) == five
+    assert map_layers(table) == five
 
 
 # ---------------------------------------------------------------- the node

@@ -79,14 +79,14 @@ class Evaluation:
         positive = self._guider.conds.get("positive", [])
         told = [(place, entry) for place, entry in placed if conds[place] is positive]
         self.positive = [(entry["uuid"], place) for place, entry in told]
-        active = [(entry["uuid"], place) for place, entry in told if _applies(entry, sigma)]
+        active = [(entry["uuid"], place) for place, entry in told if applies(entry, sigma)]
         self.whole = [key for key in active if self.areas[key] is None][:1] or active
         for listener in self.listeners:
             listener(x)
         return executor(model, conds, x, timestep, model_options)
 
 
-def _applies(entry: dict[str, Any], sigma: float) -> bool:
+def applies(entry: dict[str, Any], sigma: float) -> bool:
     """Whether a conditioning entry is used at a sigma; ComfyUI's "default" entries only fill what others leave."""
     start, end = float(entry.get("timestep_start", "inf")), float(entry.get("timestep_end", "-inf"))
     return end <= sigma <= start and "default" not in entry

@@ -25,8 +25,7 @@ from .capture import spatial_size
 from .evaluation import Evaluation
 from .guided_sampler import guided_sampler
 from .inputs import checked_latent
-from .layers import Address, address_of, layer_table
-from .mag import map_layers
+from .layers import Address, address_of, layer_table, map_layers
 from .partly import Enough
 
 KEY = "scalpel.instdiffedit"

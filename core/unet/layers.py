@@ -95,6 +95,13 @@ class LayerTable:
         return f"This model has: {listing}"
 
 
+def map_layers(table: LayerTable) -> frozenset[Address]:
+    """Where the attention to a word tells its place: the level nearest 16 × 16, without the middle block (SD1.5: the
+    five layers that MAG-Edit and InstDiffEdit read).
+    """
+    return frozenset(address for address in table.select("level:16") if address[0] != "middle")
+
+
 def layer_table(model: Any) -> LayerTable:
     """The table of a MODEL (ComfyUI's ModelPatcher). ValueError if it is no UNet with cross-attention."""
     unet = model.get_model_object("diffusion_model")

@@ -25,18 +25,18 @@ from ..run_log import RunLog
 from ..trajectory import same_level
 from .attention import Replacement, check_places, replace_attention
 from .capture import spatial_size
-from .checkpointing import Checkpoints, checkpoints, counted_bytes, estimate, reserve
-from .evaluation import Evaluation
+from .checkpointing import Checkpoints, checkpoints, counted_bytes
+from .evaluation import Evaluation, applies
+from .gradient_memory import estimate, reserve
 from .gradients import gradients, ordinary
 from .guided_sampler import guided_sampler
 from .inputs import check_aspect
-from .layers import Address, LayerTable, address_of, layer_table
+from .layers import LayerTable, address_of, layer_table, map_layers
 from .partly import CROSS, SELF, Enough, call_partly
 from .replay import check_latent_size
 from .taken_attention import Source, Taken, TakenAttention
 
 KEY = "scalpel.mag"
-MAP_LEVEL = "level:16"
 BLEND_FROM = 0.7
 """From this fraction of the steps on what lies outside the mask is the source's again, as in the authors' code."""
 LARGEST_SIGMA = 14.7
@@ -237,8 +237,7 @@ class GuidedRun:
     def _whole_prompt(self, sigma: float) -> list[dict[str, Any]]:
         """The entry of the positive prompt that tells the whole picture now."""
         for entry in self.guider.conds["positive"]:
-            start, end = entry.get("timestep_start", float("inf")), entry.get("timestep_end", -float("inf"))
-            if entry.get("area") is None and end <= sigma <= start and "default" not in entry:
+            if entry.get("area") is None and applies(entry, sigma):
                 return [entry]
         raise ValueError("positive: every prompt holds for an area only; MAG Guidance needs one for the whole picture")
 
@@ -387,8 +386,3 @@ def _with_skips_of_their_own(model_options: dict[str, Any]) -> dict[str, Any]:
     patches, name = dict(options.get("patches", {})), "input_block_patch_after_skip"
     patches[name] = [*patches.get(name, []), lambda h, _: h.clone()]
     return {**model_options, "transformer_options": {**options, "patches": patches}}
-
-
-def map_layers(table: LayerTable) -> frozenset[Address]:
-    """Where the constraint is measured: the level nearest 16 × 16, without the middle block (SD1.5: their five)."""
-    return frozenset(address for address in table.select(MAP_LEVEL) if address[0] != "middle")
