@@ -17,6 +17,7 @@ phrase <> new phrase`.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import time
@@ -40,6 +41,7 @@ from ..partsworld import loader, tokens
 from ..partsworld.render import render
 from ..partsworld.scene import BACKGROUNDS, COLOURS, PARTS, Scene, sample_scene
 from . import _report
+from ._diffedit import DiffEdit
 from ._pictures import contact_sheet, encode
 from .behaviour import overlap
 from .feature_blend import clock
@@ -55,15 +57,15 @@ IOU, RATIO, FASTER, COST = 0.56, 3.7, 5.0, 1.05
 """What is aimed at: the paper's table 1, and the cost beside img2img of the same rows."""
 MAPS = 10
 """DiffEdit's number of noises."""
-EXTREME = 3.0
-"""And from how many times the mean on its differences are cut off."""
 LABELS = {
     "vae": "VAE round trip alone",
     "sdedit-0.5": "SDEdit, 0.5",
     "sdedit-0.7": "SDEdit, 0.7",
-    "diffedit": "DiffEdit",
-    "diffedit-full": "DiffEdit, denoised to the end",
+    "diffedit": "DiffEdit's mask",
+    "diffedit-whole": "DiffEdit, its own edit",
+    "diffedit-full": "DiffEdit's mask, denoised to the end",
     "instdiffedit": "InstDiffEdit",
+    "all-steps": "InstDiffEdit, as many steps as inpainting",
     "previous": "InstDiffEdit, background of the step before",
     "current": "InstDiffEdit, maps of the step alone",
 }
@@ -157,7 +159,9 @@ def _one_of(folder: Path, name: str, line: str) -> Path:
 
 @dataclass(frozen=True)
 class Result:
-    """mask: [H, W] bool, None for a method without one; edited: [H, W, 3]; rows, seconds: of the mask, and of all."""
+    """mask: [H, W] bool, None for a method without one; edited: [H, W, 3]; rows, seconds: of the mask, out of latents,
+    and of all.
+    """
 
     mask: np.ndarray | None
     edited: np.ndarray
@@ -168,42 +172,67 @@ class Result:
 class Bench:
     """A model and its settings. Everything runs under `torch.inference_mode()`, as in the server."""
 
-    def __init__(self, models: tuple[Any, Any, Any], sampling: nodes.Sampling, settings: MaskSettings) -> None:
+    def __init__(
+        self, models: tuple[Any, Any, Any], sampling: nodes.Sampling, settings: MaskSettings, mask_steps: int
+    ) -> None:
         model, self.clip, self.vae = models
         self.unet = Counted(model)
         self.sampling = sampling
+        self.mask_steps = mask_steps
         self.settings = settings
         self.nothing = encode(self.clip, [""])
 
+    @functools.cached_property
+    def diffedit(self) -> DiffEdit:
+        """diffusers' pipeline on the same weights."""
+        return DiffEdit(self.unet.model)
+
+    def _taken(self, method: str) -> int:
+        """UNet rows since it was last asked."""
+        return self.unet.taken() + (self.diffedit.taken() if method.startswith("diffedit") else 0)
+
     def run(self, method: str, job: Job) -> Result:
         """What a method makes of a picture."""
-        self.unet.taken()
+        self._taken(method)
         start = clock()
         latent = tokens.encode(self.vae, torch.from_numpy(job.picture)[None])
         if method == "vae":
             return Result(None, self._decode(latent), (0, 0), (0.0, 0.0))
         if method.startswith("sdedit"):
-            edited = self._sample(job, latent, float(method.partition("-")[2]))
-            return Result(None, self._decode(edited), (0, self.unet.taken()), (0.0, clock() - start))
-        mask = self.mask(method, job, latent)
-        rows, seconds = self.unet.taken(), clock() - start
-        inpainted = self._decode(self._sample(job, latent, 1.0, mask))
-        return Result(mask[0].numpy() > 0.5, inpainted, (rows, rows + self.unet.taken()), (seconds, clock() - start))
+            drawn = self._decode(self._sample(job, latent, float(method.partition("-")[2])))
+            return Result(None, drawn, (0, self._taken(method)), (0.0, clock() - start))
+        encoded = clock()
+        found = self.found(method, job, latent)
+        mask = at_pixels(found, (8 * latent.shape[-2], 8 * latent.shape[-1]))
+        rows, seconds = self._taken(method), clock() - encoded
+        if method == "diffedit-whole":
+            latent = self.diffedit.edit(latent, found, self._texts(job), self.sampling.steps, self.sampling.cfg)
+        else:
+            latent = self._sample(job, latent, 1.0, mask)
+        edited = self._decode(latent)
+        return Result(mask[0].numpy() > 0.5, edited, (rows, rows + self._taken(method)), (seconds, clock() - start))
 
-    def mask(self, method: str, job: Job, latent: torch.Tensor) -> torch.Tensor:
-        """[1, H, W] of 0 and 1."""
-        size = (8 * latent.shape[-2], 8 * latent.shape[-1])
+    def found(self, method: str, job: Job, latent: torch.Tensor) -> torch.Tensor:
+        """A method's mask in the latent's size, [1, h, w] of 0 and 1."""
+        own = self._seeded(job)
+        if method == "diffedit-full":
+            return self._denoised_apart(job, latent)
         if method.startswith("diffedit"):
-            return at_pixels(self._diffedit(job, latent, method == "diffedit-full"), size)
-        return at_pixels(self.find(method, job, latent).masks[:, -1], size)
+            return self.diffedit.mask(latent, self._texts(job), own.steps, own.cfg, own.seed)
+        return self.find(method, job, latent).masks[:, -1]
+
+    def _texts(self, job: Job) -> list[torch.Tensor]:
+        return [encode(self.clip, [text])[0][0] for text in (job.source, job.text, "")]
 
     def find(self, method: str, job: Job, latent: torch.Tensor) -> core.Found:
         """The node's work, or a variant of it."""
         settings = replace(self.settings, over_steps=CURRENT if method == "current" else MEAN)
         background = core.CURRENT if method == "previous" else core.NEXT
+        own = self._seeded(job)
+        sampling = own if method == "all-steps" else replace(own, steps=self.mask_steps)
         return nodes.find(
-            self.unet.model, self.clip, job.text, self.nothing, {"samples": latent}, self._seeded(job), settings,
-            background, mask_only=True,
+            self.unet.model, self.clip, job.text, self.nothing, {"samples": latent}, sampling, settings, background,
+            mask_only=True,
         )  # fmt: skip
 
     def _seeded(self, job: Job) -> nodes.Sampling:
@@ -224,33 +253,26 @@ class Bench:
             encode(self.clip, [job.text]), self.nothing, latent, noise_mask=mask, disable_pbar=True, seed=own.seed,
         )  # fmt: skip
 
-    def _diffedit(self, job: Job, latent: torch.Tensor, to_the_end: bool) -> torch.Tensor:
-        """DiffEdit's mask in our own few lines: where the noise that two texts predict differs, over ten noises.
+    def _denoised_apart(self, job: Job, latent: torch.Tensor) -> torch.Tensor:
+        """DiffEdit's mask as the program has it that InstDiffEdit's authors timed, in our own few lines.
 
-        One prediction at half of the noise, as its authors have it, above half of what is left when extreme values are
-        cut off (diffusers' way). to_the_end: the last one of whole denoisings, blurred, above 0.3, as in the program
-        that InstDiffEdit's authors timed.
+        Where the noise that two texts predict differs at the end of ten whole denoisings each, blurred, above 0.3.
         """
         own = replace(self._seeded(job), rounds=MAPS)
         noise = core.independent_noise({}, latent, MAPS, own.seed)
-        start = latent.repeat(MAPS, 1, 1, 1)
         sigmas = model_sigmas(self.unet.model, own.sampler_name, own.scheduler, own.steps, 1.0)
-        sigmas = core.partial_sigmas(sigmas, 0.5)
         predictions = []
         for text in (job.source, job.text):
             seen: list[torch.Tensor] = []
             comfy.sample.sample_custom(
-                self.unet.model, noise, own.cfg if to_the_end else 1.0, comfy.samplers.sampler_object("euler"),
-                sigmas if to_the_end else torch.stack([sigmas[0], sigmas.new_zeros(())]), encode(self.clip, [text]),
-                self.nothing, start, disable_pbar=True, seed=own.seed,
+                self.unet.model, noise, own.cfg, comfy.samplers.sampler_object("euler"),
+                core.partial_sigmas(sigmas, 0.5), encode(self.clip, [text]), self.nothing,
+                latent.repeat(MAPS, 1, 1, 1), disable_pbar=True, seed=own.seed,
                 callback=lambda _, denoised, x, __, seen=seen: seen.append(x - denoised),
             )  # fmt: skip
             predictions.append(seen[-1])
-        difference = (predictions[0] - predictions[1]).abs().mean((0, 1))[None].cpu()
-        if to_the_end:
-            difference = (predictions[0] - predictions[1]).square().sum(1).sqrt().mean(0)[None].cpu()
-            return (smoothed(difference) > 0.3).float()
-        return (difference > 0.5 * EXTREME * difference.mean()).float()
+        difference = (predictions[0] - predictions[1]).square().sum(1).sqrt().mean(0)[None].cpu()
+        return (smoothed(difference) > 0.3).float()
 
 
 # ---------------------------------------------------------------- what came out
@@ -289,15 +311,16 @@ def row(label: str, scenes: Sequence[dict[str, Any]]) -> list[str]:
 
 
 SAID = """{count} {what}. Text: {text}. {steps} steps, {sampler}, {scheduler}, cfg {cfg:g}; InstDiffEdit with \
-strength {strength:g}, {rounds} rounds, γ₁ {related:g}, γ₂ {unrelated:g}, φ {threshold:g}."""
+{mask_steps} steps, strength {strength:g}, rounds {rounds}, γ₁ {related:g}, γ₂ {unrelated:g}, φ {threshold:g}."""
 NOTES = f"""- IoU: of the mask with the exact one, in pixels; by edit beside it. C_m, C_non: mean change of a pixel \
 inside and outside the exact mask, against the picture that was given, as in the paper; the VAE's own loss is in both.
 - All masks go to the same inpainting: ComfyUI's noise mask, full denoise, no inpainting checkpoint.
-- DiffEdit: our own few lines on the same model (diffusers' pipeline, written for another kind of VAE than the demo \
-model's, was not tried), with the phrase for what is there as reference text. "DiffEdit": one prediction for each of \
-{MAPS} noises and two texts, as its authors have it. "Denoised to the end": {MAPS} whole guided denoisings for each \
-text, as in the program that InstDiffEdit's authors compare with.
-- Seconds: of the processor, one thread."""
+- DiffEdit: diffusers' pipeline, its own settings, with the same weights in diffusers' UNet, and the phrase for what \
+is there as reference text. "DiffEdit's mask": one guided prediction for each of {MAPS} noises and two texts. (As both \
+texts have the same negative prompt, guidance cancels out of that mask: half of the rows would do.) "Its own \
+edit": the same mask, then its inversion and denoising in place of our inpainting. "Denoised to the end": our own few \
+lines, {MAPS} whole guided denoisings for each text, as in the program that InstDiffEdit's authors compare with.
+- Seconds: of the processor, one thread; of the mask without the VAE, of all with it."""
 
 
 def report(numbers: dict[str, Any]) -> str:
@@ -332,28 +355,32 @@ def aims(found: dict[str, list[dict[str, Any]]]) -> str:
         return ""
     iou = _mean([s["iou"] for s in own])
     ratio = _mean([s["inside"] for s in own]) / _mean([s["outside"] for s in own])
-    lines = [_aim("IoU", iou, IOU), _aim("C_m / C_non", ratio, RATIO)]
-    for name in ("diffedit", "diffedit-full"):
+    lines = [_aim("IoU", iou, "", IOU), _aim("C_m / C_non", ratio, "", RATIO)]
+    for name, part, what in (
+        ("diffedit", 0, "the mask is found faster than DiffEdit's mask is made"),
+        ("diffedit-full", 0, "than that of whole denoisings"),
+        ("diffedit-whole", 1, "the whole edit, inpainting and all, is faster than DiffEdit's own"),
+    ):
         if name in found:
             same = {s["name"] for s in found[name]}
-            ours = _mean([s["seconds"][0] for s in own if s["name"] in same])
-            faster = _mean([s["seconds"][0] for s in found[name]]) / ours
-            lines.append(_aim(f"mask faster than {LABELS[name]}, times", faster, FASTER))
+            ours = _mean([s["seconds"][part] for s in own if s["name"] in same])
+            lines.append(_aim(what, _mean([s["seconds"][part] for s in found[name]]) / ours, " times", FASTER))
     return "; ".join(lines) + "."
 
 
-def _aim(what: str, value: float, least: float) -> str:
-    return f"{what} {value:.2f} (aim: {least:g}{'' if value >= least else ', missed'})"
+def _aim(what: str, value: float, unit: str, least: float) -> str:
+    return f"{what}: {value:.2f}{unit} (aim: {least:g}{'' if value >= least else ', missed'})"
 
 
 # ---------------------------------------------------------------- choosing settings
 
 
-def sweep(bench: Bench, jobs: Sequence[Job], rounds: Sequence[int], strengths: Sequence[float],
+def sweep(bench: Bench, jobs: Sequence[Job], steps: Sequence[int], rounds: Sequence[int], strengths: Sequence[float],
           thresholds: Sequence[float]) -> list[dict[str, Any]]:  # fmt: skip
     """Mean IoU for every combination."""
     results = []
-    for count, strength, threshold in itertools.product(rounds, strengths, thresholds):
+    for number, count, strength, threshold in itertools.product(steps, rounds, strengths, thresholds):
+        bench.mask_steps = number
         bench.sampling = replace(bench.sampling, rounds=count, strength=strength)
         bench.settings = replace(bench.settings, threshold=threshold)
         began = time.time()
@@ -361,10 +388,10 @@ def sweep(bench: Bench, jobs: Sequence[Job], rounds: Sequence[int], strengths: S
         for job in jobs:
             bench.unet.taken()
             latent = tokens.encode(bench.vae, torch.from_numpy(job.picture)[None])
-            mask = bench.mask("instdiffedit", job, latent)[0].numpy() > 0.5
+            mask = at_pixels(bench.found("instdiffedit", job, latent), job.mask.shape)[0].numpy() > 0.5
             scenes.append({"edit": job.edit, "iou": overlap(mask, job.mask), "rows": bench.unet.taken()})
         results.append({
-            "rounds": count, "strength": strength, "threshold": threshold, "count": len(scenes),
+            "steps": number, "rounds": count, "strength": strength, "threshold": threshold, "count": len(scenes),
             "iou": _mean([s["iou"] for s in scenes]), "rows": _mean([s["rows"] for s in scenes]),
             **{edit: _mean([s["iou"] for s in scenes if s["edit"] == edit]) for edit in EDITS},
         })  # fmt: skip
@@ -374,7 +401,7 @@ def sweep(bench: Bench, jobs: Sequence[Job], rounds: Sequence[int], strengths: S
 
 def sweep_report(found: Sequence[dict[str, Any]]) -> str:
     """Markdown: the settings as lines."""
-    names = ("rounds", "strength", "threshold")
+    names = ("steps", "rounds", "strength", "threshold")
     lines = [
         [*(f"{f[name]:g}" for name in names), f"{f['iou']:.3f}", *(f"{f[edit]:.2f}" for edit in EDITS),
          f"{f['rows']:.0f}"]
@@ -473,7 +500,8 @@ def run(arguments: argparse.Namespace, numbers: dict[str, Any], keep: Callable[[
     )
     settings = MaskSettings(arguments.related, arguments.unrelated, arguments.threshold)
     numbers["settings"] = {
-        "steps": sampling.steps, "sampler": sampling.sampler_name, "scheduler": sampling.scheduler,
+        "steps": sampling.steps, "mask_steps": arguments.mask_steps, "sampler": sampling.sampler_name,
+        "scheduler": sampling.scheduler,
         "cfg": sampling.cfg, "strength": sampling.strength, "rounds": sampling.rounds, "related": settings.related,
         "unrelated": settings.unrelated, "threshold": settings.threshold,
     }  # fmt: skip
@@ -481,7 +509,7 @@ def run(arguments: argparse.Namespace, numbers: dict[str, Any], keep: Callable[[
         models = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))[:3]
     else:
         models = loader.load(arguments.weights)
-    bench = Bench(models, sampling, settings)
+    bench = Bench(models, sampling, settings, arguments.mask_steps)
     if arguments.folder:
         groups = {arguments.folder.name: list(folder_jobs(arguments.folder, arguments.size))}
     else:
@@ -489,8 +517,8 @@ def run(arguments: argparse.Namespace, numbers: dict[str, Any], keep: Callable[[
         groups = {change: [scene_job(number, change) for number in numbers_of] for change in arguments.change}
     if arguments.sweep:
         jobs = next(iter(groups.values()))
-        numbers["sweep"] = sweep(bench, jobs, arguments.sweep_rounds, arguments.sweep_strengths,
-                                 arguments.sweep_thresholds)  # fmt: skip
+        numbers["sweep"] = sweep(bench, jobs, arguments.sweep_steps, arguments.sweep_rounds,
+                                 arguments.sweep_strengths, arguments.sweep_thresholds)  # fmt: skip
         keep()
         return
     if arguments.speed:
@@ -538,14 +566,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=100)
     parser.add_argument("--full-scenes", type=int, default=100, help="of DiffEdit, denoised to the end")
     parser.add_argument("--first", type=int, default=0, help="number of the first scene; validation: from 1000 on")
-    given = {i.id: i.default for i in nodes.InstDiffEditSampler.define_schema().inputs if hasattr(i, "default")}
-    parser.add_argument("--steps", type=int, default=20)
+    given = {i.id: i.default for i in nodes.InstDiffEditMask.define_schema().inputs if hasattr(i, "default")}
+    parser.add_argument("--steps", type=int, default=20, help="of inpainting, SDEdit and DiffEdit")
+    parser.add_argument("--mask-steps", type=int, default=given["steps"], help="of InstDiffEdit")
     for name in ("cfg", "strength", "related", "unrelated", "threshold"):
         parser.add_argument(f"--{name}", type=float, default=given[name])
     parser.add_argument("--rounds", type=int, default=given["rounds"])
     parser.add_argument("--sampler", default=given["sampler_name"])
     parser.add_argument("--scheduler", default=given["scheduler"])
     parser.add_argument("--sweep", action="store_true", help="settings against each other, and nothing else")
+    parser.add_argument("--sweep-steps", type=int, nargs="+", default=[4, 8, 20])
     parser.add_argument("--sweep-rounds", type=int, nargs="+", default=[1, 2, 3, 5])
     parser.add_argument("--sweep-strengths", type=float, nargs="+", default=[0.4, 0.5, 0.6])
     parser.add_argument("--sweep-thresholds", type=float, nargs="+", default=[0.1, 0.2, 0.3])

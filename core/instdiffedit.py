@@ -27,7 +27,7 @@ class MaskSettings:
 
     related: float = 0.9
     unrelated: float = 0.6
-    threshold: float = 0.3
+    threshold: float = 0.35
     over_steps: str = MEAN
     eight_bit: bool = False
 

@@ -6,7 +6,7 @@ from .token_workflows import ABOUT_THE_MODEL, save_picture
 from .workflow_files import Json, Workflow
 
 SEED = 1
-STEPS = 50
+STEPS = 20
 PHOTO = "partsworld_dog"
 """A picture that comes with the pack (`partsworld/pictures`)."""
 TEXT = "on a green field"

@@ -22,11 +22,14 @@ from .common import CATEGORY, check_conditioning, check_range, schema, seed_inpu
 log = logging.getLogger(__name__)
 
 MOST_ROUNDS = 16
+SAMPLER_STEPS, MASK_STEPS = 20, 6
+"""Defaults. A mask comes of few steps, a picture does not."""
 BUILT_ON = {"ddim": "euler"}
 """Samplers that ComfyUI lists by another name than that of their function."""
 
 
-def _inputs() -> list[Any]:
+def _inputs(steps: int) -> list[Any]:
+    """steps: their default."""
     names = [name for name in comfy.samplers.KSampler.SAMPLERS if BUILT_ON.get(name, name) in SAMPLERS]
     return [
         io.Model.Input("model", tooltip="An SD1.x, SD2.x or SDXL model, with or without LoRA."),
@@ -40,7 +43,7 @@ def _inputs() -> list[Any]:
         io.Latent.Input("latent_image", tooltip="The picture to edit, from VAE Encode; or several."),
         seed_input("Seed of the noise. Each picture and each round has noise of its own."),
         io.Int.Input(
-            "steps", default=50, min=1, max=1000,
+            "steps", default=steps, min=1, max=1000,
             tooltip="Steps of the whole schedule. Of them the last are taken: that fraction which strength says.",
         ),
         io.Float.Input(
@@ -61,7 +64,7 @@ def _inputs() -> list[Any]:
             "picture, less precisely.",
         ),
         io.Int.Input(
-            "rounds", default=2, min=1, max=MOST_ROUNDS,
+            "rounds", default=1, min=1, max=MOST_ROUNDS,
             tooltip="How many times each picture is denoised, side by side, with noise of its own each time; their "
             "attention is averaged. The cost grows with it.",
         ),
@@ -74,7 +77,7 @@ def _inputs() -> list[Any]:
             tooltip="Words whose attention is at most this like the index word's are background, and taken off (γ₂).",
         ),
         io.Float.Input(
-            "threshold", default=0.3, min=0.0, max=0.99, step=0.01,
+            "threshold", default=0.35, min=0.0, max=0.99, step=0.01,
             tooltip="From which value on a place belongs to the mask (φ). Less makes it larger.",
         ),
     ]  # fmt: skip
@@ -91,7 +94,7 @@ class InstDiffEditSampler(io.ComfyNode):
             "trained. At every step a mask is made from the attention to the prompt's words, and around it the picture "
             "is put back. The last mask is for inpainting.",
             search_aliases=["instdiffedit", "automatic mask", "diffedit", "text to mask", "auto inpaint"],
-            inputs=_inputs(),
+            inputs=_inputs(SAMPLER_STEPS),
             outputs=[
                 io.Mask.Output(display_name="mask", tooltip="Where the edit goes, after the last step; in pixels."),
                 io.Latent.Output(
@@ -127,9 +130,9 @@ class InstDiffEditMask(io.ComfyNode):
             display_name="InstDiffEdit Mask",
             category=f"{CATEGORY}/mask",
             description="The mask of InstDiffEdit Sampler alone: where in a picture the words of an edit belong. For "
-            "inpainting, or any other node that takes a mask.",
+            "inpainting, or any other node that takes a mask. Few steps are enough.",
             search_aliases=["instdiffedit", "automatic mask", "text to mask", "diffedit"],
-            inputs=_inputs(),
+            inputs=_inputs(MASK_STEPS),
             outputs=[
                 io.Mask.Output(display_name="mask", tooltip="Where the edit goes, after the last step; in pixels.")
             ],

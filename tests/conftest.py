@@ -91,6 +91,14 @@ def server(start_server: Callable[..., ComfyServer]) -> ComfyServer:
 
 
 @pytest.fixture(scope="session")
+def server_with_tiny_models(start_server: Callable[..., ComfyServer]) -> ComfyServer:
+    """A server that has the nodes of `tiny_pack` too."""
+    from scalpel.devtools.server import CHECKOUT
+
+    return start_server(packs=[CHECKOUT, CHECKOUT / "tests" / "tiny_pack"])
+
+
+@pytest.fixture(scope="session")
 def old_server(start_server: Callable[..., ComfyServer]) -> ComfyServer:
     """The same on the oldest ComfyUI that the pack supports."""
     return start_server(_path_of("SCALPEL_COMFYUI_OLD"))

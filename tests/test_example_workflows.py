@@ -313,6 +313,24 @@ def test_edit_without_a_mask_runs_untouched_and_finds_the_ground(server):
         assert (seen.kind, seen.background, seen.colours["torso"]) == ("dog", "field", "yellow")
 
 
+def test_edit_without_a_mask_tells_an_inpainting_checkpoint_of_the_mask(server_with_tiny_models):
+    """As its note says: only this sampler, its prompts and their node get the checkpoint."""
+    server, found = server_with_tiny_models, []
+    for size in (0.0, 0.1):
+        prompt = api_workflow("edit_without_a_mask")
+        prompt["checkpoint"] = {"class_type": "DemoForInpainting", "inputs": {"size": size}}
+        (sampler,) = (node for node in prompt.values() if node.get("_meta", {}).get("title") == "inpaint conditioning")
+        sampler["inputs"]["model"] = ["checkpoint", 0]
+        found.append(pictures(server, prompt, server.run(prompt)))
+    deaf, told = found
+    title = "edited by inpaint conditioning"
+    np.testing.assert_allclose(deaf[title], deaf["edited"], atol=1 / 255)
+    np.testing.assert_allclose(told["edited"], deaf["edited"], atol=1 / 255)
+    change, inside = np.abs(told[title] - deaf[title]).mean(2), deaf["mask"].mean(2) > 0.5
+    assert change[inside].mean() > 0.05
+    assert change[~inside].mean() < change[inside].mean() / 5
+
+
 def test_find_a_part_runs_untouched(server):
     prompt = api_workflow("find_a_part")
     found = pictures(server, prompt, server.run(prompt))

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 
+import comfy.model_management
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from scalpel.bench import instdiffedit as bench
+from scalpel.bench._diffedit import DiffEdit, diffusers_unet
+from scalpel.bench._pictures import encode
+from scalpel.partsworld import loader
 from scalpel.partsworld.scene import BACKGROUNDS, COLOURS, PARTS
+from scalpel.tests import tiny
 
 
 @pytest.mark.parametrize("change", bench.CHANGES)
@@ -93,8 +99,8 @@ def test_the_numbers_are_the_paper_s():
 def test_reports_of_several_runs_are_put_together_and_say_what_was_missed(tmp_path):
     _, good = job_and_result(0.25, 0.05, lambda true: true)
     job, bad = job_and_result(0.25, 0.05, lambda true: ~true)
-    settings = {"steps": 20, "sampler": "euler", "scheduler": "normal", "cfg": 7.5, "strength": 0.5, "rounds": 2,
-                "related": 0.9, "unrelated": 0.6, "threshold": 0.3}  # fmt: skip
+    settings = {"steps": 20, "mask_steps": 8, "sampler": "euler", "scheduler": "normal", "cfg": 7.5, "strength": 0.5,
+                "rounds": 2, "related": 0.9, "unrelated": 0.6, "threshold": 0.3}  # fmt: skip
     files = []
     for name, method, result in (("0", "instdiffedit", good), ("1", "instdiffedit", bad), ("0", "diffedit", bad)):
         scene = bench.measured(job, result) | {"name": name}
@@ -105,15 +111,73 @@ def test_reports_of_several_runs_are_put_together_and_say_what_was_missed(tmp_pa
     assert [scene["name"] for scene in numbers["results"]["kind"]["instdiffedit"]] == ["0", "1"]
     text = bench.report(numbers)
     assert "| InstDiffEdit | 0.50 |" in text
-    assert "| DiffEdit, first 1 | 0.00 |" in text
-    assert "IoU 0.50 (aim: 0.56, missed); C_m / C_non 5.00 (aim: 3.7)" in text
-    assert "times 1.00 (aim: 5, missed)" in text
+    assert "| DiffEdit's mask, first 1 | 0.00 |" in text
+    assert "IoU: 0.50 (aim: 0.56, missed); C_m / C_non: 5.00 (aim: 3.7)" in text
+    assert "DiffEdit's mask is made: 1.00 times (aim: 5, missed)" in text
 
 
 def test_the_best_settings_are_named():
     found = [
-        {"rounds": r, "strength": 0.5, "threshold": 0.3, "count": 15, "iou": iou, "rows": 18 * r}
+        {"steps": 20, "rounds": r, "strength": 0.5, "threshold": 0.3, "count": 15, "iou": iou, "rows": 18 * r}
         | dict.fromkeys(bench.EDITS, iou)
         for r, iou in ((1, 0.6), (2, 0.64))
     ]
-    assert "Best: rounds 2, strength 0.5, threshold 0.3." in bench.sweep_report(found)
+    assert "Best: steps 20, rounds 2, strength 0.5, threshold 0.3." in bench.sweep_report(found)
+
+
+# ---------------------------------------------------------------- DiffEdit, which it is compared with
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return loader.load()
+
+
+def prompts(clip, *texts):
+    return [encode(clip, [text])[0][0] for text in texts]
+
+
+@pytest.mark.usefixtures("inference")
+def test_diffusers_unet_with_the_model_s_weights_predicts_what_the_model_does(demo):
+    model, clip, _ = demo
+    comfy.model_management.load_models_gpu([model])
+    x, context = torch.randn(2, 4, 32, 32), torch.cat(prompts(clip, "a red dog", ""))
+    times = torch.tensor([801, 151])
+    expected = model.model.diffusion_model(x, times, context)
+    torch.testing.assert_close(diffusers_unet(model)(x, times, context).sample, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("inference")
+def test_diffedit_s_mask_is_where_two_texts_predict_different_noise(demo):
+    model, clip, _ = demo
+    comfy.model_management.load_models_gpu([model])
+    texts = prompts(clip, "a red dog", "a green dog", "")
+    latent = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(5))
+    diffedit = DiffEdit(model)
+    found = diffedit.mask(latent, texts, steps=20, cfg=7.5, seed=3)
+    assert diffedit.taken() == 2 * 2 * 10  # guided
+    noise = torch.randn(10, 4, 32, 32, generator=torch.Generator().manual_seed(3))
+    kept = 1 / (1 + model.get_model_object("model_sampling").sigma(torch.tensor([451.0])) ** 2)
+    noised = kept.sqrt() * model.model.process_latent_in(latent) + (1 - kept).sqrt() * noise
+    times = torch.full((10,), 451)
+    source, target = (model.model.diffusion_model(noised, times, text.repeat(10, 1, 1)) for text in texts[:2])
+    difference = (target - source).abs().mean((0, 1))
+    assert torch.equal(found[0], (difference.clamp(max=3 * difference.mean()) > 1.5 * difference.mean()).float())
+
+
+@pytest.mark.usefixtures("inference")
+def test_diffedit_s_edit_keeps_the_picture_outside_its_mask(demo):
+    model, clip, _ = demo
+    latent = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(5))
+    mask = torch.zeros(1, 32, 32)
+    mask[:, :16] = 1
+    diffedit = DiffEdit(model)
+    edited = diffedit.edit(latent, mask, prompts(clip, "a red dog", "a green dog", ""), steps=5, cfg=2.0)
+    assert diffedit.taken() == 2 * 2 * 4  # 0.8 of 5 steps, there and back
+    near, far = (edited - latent)[:, :, :16].abs().mean(), (edited - latent)[:, :, 16:].abs().mean()
+    assert far < near / 2
+
+
+def test_diffedit_of_another_family_is_refused_with_a_sentence():
+    with pytest.raises(ValueError, match=r"SD1\.x and SD2\.x"):
+        DiffEdit(tiny.model(tiny.SDXL))

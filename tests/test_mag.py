@@ -8,7 +8,6 @@ import io
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import aiohttp
 import comfy.ldm.modules.attention
@@ -29,7 +28,7 @@ from scalpel.core.unet.guided_sampler import SAMPLERS, guided_sampler, sampler_n
 from scalpel.core.unet.inverting import model_mark
 from scalpel.core.unet.layers import layer_table, map_layers
 from scalpel.core.unet.taken_attention import Source
-from scalpel.devtools.server import CHECKOUT, ComfyError
+from scalpel.devtools.server import ComfyError
 from scalpel.nodes.inversion import DDIMInversion
 from scalpel.nodes.mag import MAGGuidance
 from scalpel.nodes.prompt_to_prompt import PromptToPrompt
@@ -733,11 +732,6 @@ def test_a_server_shows_the_constraint_on_the_node_while_it_runs(server):
 
 
 # ---------------------------------------------------------------- small models of both families on the server
-
-
-@pytest.fixture(scope="module")
-def server_with_tiny_models(start_server):
-    return start_server(packs=[CHECKOUT, Path(__file__).resolve().parent / "tiny_pack"])
 
 
 def tiny_graph(kind, half, lora):

@@ -1,4 +1,6 @@
-"""A custom node pack for tests: small models of random weights inside a real server (see `tests/tiny.py`)."""
+"""A custom node pack for tests: small models of random weights inside a real server (see `tests/tiny.py`), and the demo
+model as an inpainting checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import comfy.model_patcher
 import comfy.sd
 import torch
 
@@ -15,6 +18,7 @@ if "scalpel" not in sys.modules:  # a server knows the pack by its path alone
     sys.modules["scalpel"] = ModuleType("scalpel")
     sys.modules["scalpel"].__path__ = [str(Path(__file__).resolve().parent.parent.parent)]
 
+from scalpel.partsworld import architecture, loader
 from scalpel.tests import tiny
 
 KINDS = {"SD1.5": tiny.SD15, "SDXL": tiny.SDXL}
@@ -61,6 +65,30 @@ class TinyPrompt:
         return (tiny.prompt(KINDS[kind], seed),)
 
 
+class DemoForInpainting:
+    """The demo model with the five more channels of an inpainting checkpoint, mask and picture, heeded by random weights
+    of this size.
+    """
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "make", "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        return {"required": {"size": ("FLOAT", {"default": 0.0})}}
+
+    def make(self, size: float) -> tuple[Any]:
+        demo = loader.load()[0]
+        config = loader.PartsWorld({**architecture.UNET_CONFIG, "in_channels": 9})
+        config.set_inference_dtype(torch.float32, None)
+        model = config.get_model({}, device=torch.device("cpu"))
+        weights = dict(demo.model.diffusion_model.state_dict())
+        first = weights["input_blocks.0.0.weight"]
+        more = size * tiny.randn(len(first), 5, *first.shape[2:], seed=4)
+        weights["input_blocks.0.0.weight"] = torch.cat([first, more], 1)
+        model.diffusion_model.load_state_dict(weights)
+        return (comfy.model_patcher.ModelPatcher(model, demo.load_device, demo.offload_device),)
+
+
 class TinyFingerprint:
     """What the bits of a LATENT are, and of a model's weights after it was sampled with."""
 
@@ -78,4 +106,4 @@ class TinyFingerprint:
         return {"ui": {"text": marks}}
 
 
-NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (TinyModel, TinyPrompt, TinyFingerprint)}
+NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (TinyModel, TinyPrompt, DemoForInpainting, TinyFingerprint)}
