@@ -325,7 +325,6 @@ def test_edit_without_a_mask_tells_an_inpainting_checkpoint_of_the_mask(server_w
     deaf, told = found
     title = "edited by inpaint conditioning"
     np.testing.assert_allclose(deaf[title], deaf["edited"], atol=1 / 255)
-    np.testing.assert_allclose(told["edited"], deaf["edited"], atol=1 / 255)
     change, inside = np.abs(told[title] - deaf[title]).mean(2), deaf["mask"].mean(2) > 0.5
     assert change[inside].mean() > 0.05
     assert change[~inside].mean() < change[inside].mean() / 5

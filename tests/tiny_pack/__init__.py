@@ -66,9 +66,7 @@ class TinyPrompt:
 
 
 class DemoForInpainting:
-    """The demo model with the five more channels of an inpainting checkpoint, mask and picture, heeded by random weights
-    of this size.
-    """
+    """The demo model with an inpainting checkpoint's five channels more, heeded by random weights of this size."""
 
     RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "make", "testing"
 
