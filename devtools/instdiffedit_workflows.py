@@ -52,7 +52,7 @@ def edit_without_a_mask(info: Json) -> Workflow:
     flow.group("2. Find the mask", at=(360, 0), size=(370, 560))
     found = flow.node(
         "InstDiffEditSampler", at=(380, 75), size=(330, 460), model=model[0], clip=model[1], edit_text=TEXT,
-        negative=empty[0], latent_image=latent[0], seed=SEED, steps=STEPS,
+        negative=empty[0], latent_image=latent[0], seed=SEED, steps=STEPS, threshold=0.3,
     )  # fmt: skip
     steps = flow.node("MaskToImage", at=(380, 640), size=(330, 30), mask=found[2])
     flow.group("Masks of all steps", at=(360, 580), size=(370, 440))
