@@ -334,8 +334,8 @@ column. Exact: {EXACT:.0f} dB or more against the round trip.
 Edit-friendly is inverted with the guidance that it is played back with. Null-text without guidance is DDIM.
 - Edit-friendly leaves out 0.36 of the steps at the noisy end (its authors' value), LEDITS++ 0.15 (the default of both \
 nodes). With one skip and seed both give Feature Blend Sampler the same latents, and so the same edit.
-- Null-text: at most 10 updates a step. Each is a forward and a backward pass and counts as {BACKWARD} rows. It has \
-fewer images because it takes long.
+- Null-text: at most 10 updates a step. Each is a forward and a backward pass and counts as {BACKWARD} rows. In \
+the edits it has fewer images because it takes long.
 
 ![PSNR by cost]({plot})"""
 

@@ -216,7 +216,7 @@ class CPAMCrossAttnPatch(io.ComfyNode):
         layer_table(model)
         check_conditioning("null", null, model)
         if cpam.spec_of(model).cross_attention is not None:
-            raise ValueError("model: it has a CPAM Cross-Attention already; for several prompts use Region Prompts")
+            raise ValueError("model: it has a CPAM Cross-Attention already; for several prompts use Region Prompt")
         mask = checked_mask(target_mask, None, None, "target_mask")
         words = None
         if text.strip() and clip is None:

@@ -21,12 +21,14 @@ SCHEDULER_TOOLTIP = (
 )
 
 
-def _inputs(*, negative: bool = False) -> list[Any]:
+CAPTION = "What the picture shows. An empty prompt is good; a caption helps to edit words."
+NEEDED_CAPTION = "What the picture shows, in a few words; with an empty prompt there is nothing to fit."
+
+
+def _inputs(caption: str = CAPTION, *, negative: bool = False) -> list[Any]:
     inputs = [
         io.Model.Input("model", tooltip="An SD1.x, SD2.x or SDXL model, with or without LoRA."),
-        io.Conditioning.Input(
-            "positive", tooltip="What the picture shows. An empty prompt is good; a caption helps to edit words."
-        ),
+        io.Conditioning.Input("positive", tooltip=caption),
     ]
     if negative:
         inputs.append(io.Conditioning.Input("negative", tooltip="The negative prompt that the edit will have."))
@@ -136,7 +138,7 @@ class NullTextInversion(io.ComfyNode):
             "guided sampling comes back to the picture. Slow: several UNet passes with gradients a step.",
             search_aliases=["invert image", "real image editing", "nti"],
             inputs=[
-                *_inputs(negative=True),
+                *_inputs(NEEDED_CAPTION, negative=True),
                 *_schedule_inputs(),
                 _cfg_input(),
                 io.Int.Input(

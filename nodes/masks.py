@@ -39,8 +39,8 @@ class AttentionMaskExtractor(io.ComfyNode):
                 layers_input(),
                 io.Float.Input(
                     "noise_level", default=0.25, min=0.01, max=1.0, step=0.01,
-                    tooltip="How much noise is added at most, as a fraction of the training steps. Tokens are trained "
-                    "at 0.25.",
+                    tooltip="How much noise is added at most, as a fraction of the training steps. PartEdit's "
+                    "authors train tokens at 0.25.",
                 ),
                 io.Int.Input(
                     "timesteps", default=4, min=1, max=100,

@@ -37,7 +37,7 @@ class PartTokenTrainer(io.ComfyNode):
             display_name="Train Part Token",
             category=f"{CATEGORY}/part token",
             description="Learns a part ('head', 'car hood') from 1 to 20 pictures on which it is painted. The model "
-            "itself is not trained and not changed: it looks at each picture a few times, and two rows of numbers are "
+            "itself is not trained and not changed: it looks at each picture a few times, and a few rows of numbers are "
             "fitted to what it saw.",
             search_aliases=["partedit", "part embedding", "textual inversion", "train token"],
             inputs=[

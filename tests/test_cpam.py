@@ -894,7 +894,7 @@ def test_a_trajectory_of_another_family_is_refused(model, trajectory):
 def test_each_patch_can_be_there_once(model, trajectory):
     with pytest.raises(ValueError, match=r"^model: it has a CPAM Self-Attention already.*leave one out"):
         own(own(model, trajectory)[0], trajectory)
-    with pytest.raises(ValueError, match=r"^model: it has a CPAM Cross-Attention already.*Region Prompts"):
+    with pytest.raises(ValueError, match=r"^model: it has a CPAM Cross-Attention already.*Region Prompt$"):
         cross(cross(model)[0])
     both = cross(own(model, trajectory)[0])[0]
     with pytest.raises(ValueError, match=r"^model: it has a CPAM Self-Attention already"):
