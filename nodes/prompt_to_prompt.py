@@ -65,7 +65,9 @@ class PromptToPrompt(io.ComfyNode):
                 ),
             ],
             outputs=[
-                PromptControlType.Output(display_name="prompt_control", tooltip="For a Feature Blend Sampler, or MAG Guidance."),
+                PromptControlType.Output(
+                    display_name="prompt_control", tooltip="For a Feature Blend Sampler, or MAG Guidance."
+                ),
                 io.Conditioning.Output(display_name="source", tooltip="The source prompt, for the same sampler."),
                 io.Conditioning.Output(display_name="edit", tooltip="The edit prompt, for the same sampler."),
             ],

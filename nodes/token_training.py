@@ -37,8 +37,8 @@ class PartTokenTrainer(io.ComfyNode):
             display_name="Train Part Token",
             category=f"{CATEGORY}/part token",
             description="Learns a part ('head', 'car hood') from 1 to 20 pictures on which it is painted. The model "
-            "itself is not trained and not changed: it looks at each picture a few times, and a few rows of numbers are "
-            "fitted to what it saw.",
+            "itself is not trained and not changed: it looks at each picture a few times, and a few rows of numbers "
+            "are fitted to what it saw.",
             search_aliases=["partedit", "part embedding", "textual inversion", "train token"],
             inputs=[
                 io.Model.Input("model", tooltip="An SD1.x, SD2.x or SDXL model (or the demo model). LoRAs count."),
