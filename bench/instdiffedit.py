@@ -222,7 +222,7 @@ class Bench:
         return self.find(method, job, latent).masks[:, -1]
 
     def _texts(self, job: Job) -> list[torch.Tensor]:
-        return [encode(self.clip, [text])[0][0] for text in (job.source, job.text, "")]
+        return [*(encode(self.clip, [text])[0][0] for text in (job.source, job.text)), self.nothing[0][0]]
 
     def find(self, method: str, job: Job, latent: torch.Tensor) -> core.Found:
         """The node's work, or a variant of it."""
@@ -315,12 +315,13 @@ SAID = """{count} {what}. Text: {text}. {steps} steps, {sampler}, {scheduler}, c
 NOTES = f"""- IoU: of the mask with the exact one, in pixels; by edit beside it. C_m, C_non: mean change of a pixel \
 inside and outside the exact mask, against the picture that was given, as in the paper; the VAE's own loss is in both.
 - All masks go to the same inpainting: ComfyUI's noise mask, full denoise, no inpainting checkpoint.
-- DiffEdit: diffusers' pipeline, its own settings, with the same weights in diffusers' UNet, and the phrase for what \
-is there as reference text. "DiffEdit's mask": one guided prediction for each of {MAPS} noises and two texts. (As both \
-texts have the same negative prompt, guidance cancels out of that mask: half of the rows would do.) "Its own \
-edit": the same mask, then its inversion and denoising in place of our inpainting. "Denoised to the end": our own few \
-lines, {MAPS} whole guided denoisings for each text, as in the program that InstDiffEdit's authors compare with.
-- Seconds: of the processor, one thread; of the mask without the VAE, of all with it."""
+- DiffEdit: diffusers' pipeline with the same weights in diffusers' UNet, its own settings but for steps and cfg, and \
+the phrase for what is there as reference text. "DiffEdit's mask": one guided prediction for each of {MAPS} noises and \
+two texts. (As both texts have the same negative prompt, guidance cancels out of that mask: half of the rows would do.) \
+"Its own edit": the same mask, then its inversion and denoising in place of our inpainting. "Denoised to the end": our \
+own few lines, {MAPS} whole guided denoisings for each text, as in the program that InstDiffEdit's authors compare with.
+- Rows of InstDiffEdit are without the last step's, which is left half-way. Seconds: of the processor, one thread; of \
+the mask without the VAE, of all with it."""
 
 
 def report(numbers: dict[str, Any]) -> str:
@@ -448,7 +449,14 @@ def speed(bench: Bench, job: Job, turns: int) -> dict[str, Any]:
     for _ in range(turns):
         seconds.append({name: _seconds(way) for name, way in ways.items()})
     ratios = {name: float(np.median([s[name] / s["plain"] for s in seconds])) for name in ("sampler", "mask")}
-    return {"turns": turns, "rows": rows, "plain": float(np.median([s["plain"] for s in seconds])), "ratios": ratios}
+    return {
+        "turns": turns,
+        "steps": own.steps,
+        "rounds": own.rounds,
+        "rows": rows,
+        "plain": float(np.median([s["plain"] for s in seconds])),
+        "ratios": ratios,
+    }
 
 
 def _seconds(way: Callable[[], Any]) -> float:
@@ -462,7 +470,8 @@ def speed_report(found: dict[str, Any]) -> str:
     told = "" if found["ratios"]["sampler"] <= COST else ", missed"
     return (
         "### InstDiffEdit: speed\n\n"
-        f"Beside ComfyUI's img2img of as many rows (median of {found['turns']} turns of all, processor time): "
+        f"Beside ComfyUI's img2img of as many rows ({found['steps']} steps, rounds {found['rounds']}; median of "
+        f"{found['turns']} turns of all, processor time): "
         f"InstDiffEdit Sampler {found['ratios']['sampler']:.3f} times as long (aim: {COST:g}{told}), InstDiffEdit Mask "
         f"{found['ratios']['mask']:.3f} times. Img2img: {found['plain']:.2f} s."
     )
@@ -477,10 +486,12 @@ def empty_numbers() -> dict[str, Any]:
 
 
 def merged(files: Sequence[Path]) -> dict[str, Any]:
-    """The numbers of several runs as one's: of other methods, changes or scenes; settings as in the last."""
+    """The numbers of several runs as one's: of other methods, changes or scenes. ValueError if settings differ."""
     numbers = empty_numbers()
     for file in files:
         more = json.loads(file.read_text(encoding="utf-8"))
+        if more["results"] and numbers["settings"] not in ({}, more["settings"]):
+            raise ValueError(f"{file}: its settings are {more['settings']}, those before {numbers['settings']}")
         for group, found in more["results"].items():
             methods = numbers["results"].setdefault(group, {})
             for method, scenes in found.items():
@@ -489,7 +500,7 @@ def merged(files: Sequence[Path]) -> dict[str, Any]:
             numbers["results"][group] = {name: methods[name] for name in LABELS if name in methods}
         numbers["sweep"] += more["sweep"]
         numbers["speed"] = more["speed"] or numbers["speed"]
-        numbers["settings"] |= more["settings"]
+        numbers["settings"] = more["settings"] if more["results"] else numbers["settings"]
     return numbers
 
 

@@ -190,7 +190,13 @@ def find(
             "CLIP of this model"
         )
     spec = core.InstantSpec(
-        prompt.specials[0][0], tuple(places for _, places in words), sampling.rounds, settings, background, mask_only
+        prompt.specials[0][0],
+        tuple(places for _, places in words),
+        prompt.length,
+        sampling.rounds,
+        settings,
+        background,
+        mask_only,
     )
     sigmas = model_sigmas(model, sampling.sampler_name, sampling.scheduler, sampling.steps, 1.0)
     found = core.sample_instant(

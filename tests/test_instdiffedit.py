@@ -153,7 +153,8 @@ def test_a_constant_word_among_others_is_no_nan():
 def test_the_position_vector_is_that_of_the_first_step_and_the_maps_a_running_mean():
     first, second = torch.rand(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(2))
     words = [(1,), (2,), (3,)]
-    mean, current, fresh = (MaskHead(words, (32, 32), MaskSettings(over_steps=o)) for o in ("mean", CURRENT, "mean"))
+    ways = (MaskSettings(threshold=0.3, over_steps=over) for over in ("mean", CURRENT, "mean"))
+    mean, current, fresh = (MaskHead(words, (32, 32), way) for way in ways)
     assert torch.equal(mean.mask(first), current.mask(first))
     position = mean.position
     images = word_images((first + second) / 2, words, (32, 32))
@@ -283,7 +284,7 @@ def test_latents_of_all_rounds_are_the_authors_after_every_step(variant, monkeyp
 
     monkeypatch.setattr(core, "InstantRun", Watched)
     settings = MaskSettings(loop["th1"], loop["th2"], loop["phi"], eight_bit=True)
-    spec = core.InstantSpec(0, tuple((place,) for place in range(1, 6)), loop["rounds"], settings, background)
+    spec = core.InstantSpec(0, tuple((place,) for place in range(1, 6)), 77, loop["rounds"], settings, background)
     clean = patcher.get_model_object("latent_format").process_out(GOLDEN["loop_clean_latent"])
     found = core.sample_instant(
         patcher, [[GOLDEN["loop_context_cond"], {}]], [[GOLDEN["loop_context_uncond"], {}]], spec,
@@ -302,7 +303,7 @@ def test_latents_of_all_rounds_are_the_authors_after_every_step(variant, monkeyp
 
 def spec(rounds=2, words=((1,), (2, 3), (5,)), **changes):
     settings = MaskSettings(0.8, 0.5, changes.pop("threshold", 0.3))
-    return core.InstantSpec(0, words, rounds, settings, **changes)
+    return core.InstantSpec(0, words, 77, rounds, settings, **changes)
 
 
 def picture(images=1, height=H, width=W, seed=20):
@@ -425,6 +426,28 @@ def test_the_unet_sees_each_round_once_a_step_and_the_mask_alone_costs_less(fami
     assert torch.equal(alone.masks, whole.masks)
 
 
+def test_beside_a_longer_negative_prompt_maps_weigh_the_same_in_every_step(family, monkeypatch):
+    """ComfyUI repeats the shorter context; in the last step of the mask alone there is no other."""
+    patcher, kind = family
+    sums = []
+
+    class Kept(MaskHead):
+        def mask(self, maps):
+            sums.append(maps.sum((-2, -1)))
+            return super().mask(torch.ones_like(maps))  # blends the same whatever was found
+
+    monkeypatch.setattr(core, "MaskHead", Kept)
+    prompts = tiny.prompt(kind, 2), tiny.prompt(kind, 3, length=154)
+    sigmas = core.partial_sigmas(tiny.sigmas(patcher, 6), 0.5)
+    image = picture()
+    for mask_only in (False, True):
+        core.sample_instant(
+            patcher, *prompts, spec(1, mask_only=mask_only), core.independent_noise(image, image["samples"], 1, 7), 7,
+            comfy.samplers.sampler_object("euler"), sigmas, image, 4.0,
+        )  # fmt: skip
+    torch.testing.assert_close(torch.stack(sums[3:]), torch.stack(sums[:3]), rtol=1e-4, atol=0)
+
+
 def test_short_of_memory_cond_and_uncond_run_apart_to_the_same_end(family):
     patcher, kind = family
     counted = tiny.CountedCalls()
@@ -465,6 +488,36 @@ def test_a_noise_mask_limits_the_edit(model):
     assert not changed[1, :, : W // 2 - 1].any()
 
 
+def test_fewer_noise_masks_than_pictures_go_round_the_same_in_every_round(model):
+    image = picture(3)
+    masks = torch.zeros(2, 8 * H, 8 * W)
+    masks[0, :, : 4 * W], masks[1, :, 4 * W :] = 1, 1
+    few = run(model, tiny.SD15, {**image, "noise_mask": masks}, rounds=2)
+    each = run(model, tiny.SD15, {**image, "noise_mask": masks[[0, 1, 0]]}, rounds=2)
+    assert torch.equal(few.masks, each.masks)
+    assert torch.equal(few.latent, each.latent)
+
+
+def test_a_node_that_changes_the_size_within_the_run_gets_a_sentence(model):
+    """As Deep Shrink does in the first steps."""
+    shrunk = model.clone()
+    seen = []
+
+    def shrink(h, options):
+        if options["block"] == ("input", 3) and len(seen) < 1:
+            seen.append(h)
+            return F.interpolate(h, scale_factor=0.5)
+        return h
+
+    shrunk.set_model_input_block_patch(shrink)
+    shrunk.set_model_output_block_patch(
+        lambda h, hsp, _: (h if h.shape == hsp.shape else F.interpolate(h, hsp.shape[-2:]), hsp)
+    )
+    with pytest.raises(ValueError, match=r"^model: another node changes the size of what the U-Net works on"):
+        run(shrunk, tiny.SD15, picture(1, 32, 32))
+    run(model, tiny.SD15)
+
+
 @pytest.mark.parametrize("sampler", ["lms", "dpmpp_2m", "dpm_2", "euler_ancestral", "dpmpp_sde", "res_multistep"])
 def test_samplers_with_memory_or_noise_or_several_evaluations_a_step(model, sampler):
     image = picture()
@@ -476,7 +529,7 @@ def test_samplers_with_memory_or_noise_or_several_evaluations_a_step(model, samp
 
 @pytest.mark.parametrize("sampler", ["heun", "uni_pc", "dpm_fast"])
 def test_a_sampler_that_would_not_notice_is_refused_by_name(model, sampler):
-    with pytest.raises(ValueError, match=r"sampler_name: .* goes on with copies of its latent.*euler"):
+    with pytest.raises(ValueError, match=r"sampler_name: .* does not show its own latent at each step.*euler"):
         run(model, tiny.SD15, sampler=sampler)
 
 
@@ -588,7 +641,7 @@ def test_the_least_and_the_most_strength_have_an_answer(demo, strength):
         ({"rounds": 0}, "rounds: 0 is out of range; accepted are numbers from 1"),
         ({"threshold": 1.0}, "threshold: 1.0 is out of range"),
         ({"related": 0.5, "unrelated": 0.6}, "unrelated: 0.6 is above related, 0.5"),
-        ({"sampler_name": "heun"}, "sampler_name: heun goes on with copies"),
+        ({"sampler_name": "heun"}, "sampler_name: heun does not show its own latent"),
         ({"sampler_name": "best"}, "sampler_name: 'best' is unknown"),
         ({"scheduler": "best"}, "scheduler: 'best' is unknown"),
         ({"negative": []}, "negative: the conditioning is empty"),

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import io
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -423,13 +424,16 @@ def test_a_noise_mask_is_honoured():
 
 @pytest.mark.parametrize("name", sorted(set(comfy.samplers.KSampler.SAMPLERS)))
 def test_samplers_go_on_with_a_latent_that_was_moved(name):
-    """Moved before its first evaluation, it is as if the run had begun there. All others are refused by name."""
+    """Moved before its first evaluation, it is as if the run had begun there, and what the model is shown first at a
+    step's noise level is the latent of that step. All others are refused by name.
+    """
     sampler = comfy.samplers.sampler_object(name)
     if sampler_name(sampler) not in SAMPLERS:
-        with pytest.raises(ValueError, match=r"sampler: .* goes on with copies of its latent, which"):
+        with pytest.raises(ValueError, match=r"sampler: .* does not show its own latent at each step"):
             guided_sampler(sampler, None, None)
         return
     sigmas = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5])
+    shown, own, levels = {}, {}, []
     patcher = tiny.model(tiny.SD15)
 
     class Model:
@@ -448,7 +452,9 @@ def test_samplers_go_on_with_a_latent_that_was_moved(name):
     def run(start, moved):
         waiting = [True]
 
-        def before(x, *_):
+        def before(x, sigma, _):
+            levels.append(round(3 - math.log2(sigma), 4))  # the step's number
+            shown.setdefault(levels[-1], x.clone())
             if waiting.pop() if waiting else False:
                 x.add_(moved)
 
@@ -456,11 +462,15 @@ def test_samplers_go_on_with_a_latent_that_was_moved(name):
         x = start.clone()
         takes_noise = "noise_sampler" in inspect.signature(sampler.sampler_function).parameters
         options = {"noise_sampler": lambda *_: torch.zeros_like(x)} if takes_noise else {}
-        return function(Model(), x, sigmas, extra_args={"model_options": {}}, disable=True, **options)
+        return function(Model(), x, sigmas, extra_args={"model_options": {}}, disable=True,
+                        callback=lambda told: own.setdefault(told["i"], told["x"].clone()), **options)  # fmt: skip
 
     start, move = tiny.randn(1, 4, 8, 8, seed=3), tiny.randn(1, 4, 8, 8, seed=4)
     assert tiny.relative(run(start, move), run(start + move, 0.0)) < 1e-5
     assert tiny.relative(run(start, move), run(start, 0.0)) > 1e-2
+    shown.clear(), own.clear(), levels.clear()
+    run(start, 0.0)
+    assert levels == [0, 1, 2, 3] or all(torch.equal(shown[step], own[step]) for step in range(4))
 
 
 def test_prompt_to_prompt_acts_without_iterations_and_outside_the_mask_the_source_comes_back(model):

@@ -11,13 +11,12 @@ import torch
 from .replay import function_of
 
 SAMPLERS = frozenset({
-    "ddpm", "deis", "dpm_2", "dpm_2_ancestral", "dpmpp_2m", "dpmpp_2m_cfg_pp", "dpmpp_2m_sde", "dpmpp_2m_sde_gpu",
-    "dpmpp_2s_ancestral", "dpmpp_2s_ancestral_cfg_pp", "dpmpp_3m_sde", "dpmpp_3m_sde_gpu", "dpmpp_sde", "dpmpp_sde_gpu",
-    "euler", "euler_ancestral", "euler_ancestral_cfg_pp", "euler_cfg_pp", "gradient_estimation", "ipndm", "ipndm_v",
-    "lcm", "lms", "res_multistep", "res_multistep_cfg_pp",
+    "ddpm", "deis", "dpm_2", "dpmpp_2m", "dpmpp_2m_cfg_pp", "dpmpp_2m_sde", "dpmpp_2m_sde_gpu", "dpmpp_3m_sde",
+    "dpmpp_3m_sde_gpu", "dpmpp_sde", "dpmpp_sde_gpu", "euler", "euler_ancestral", "euler_ancestral_cfg_pp",
+    "euler_cfg_pp", "gradient_estimation", "ipndm", "ipndm_v", "lcm", "lms", "res_multistep", "res_multistep_cfg_pp",
 })  # fmt: skip
-"""Those that show the model their own latent at the start of each step, and go on with it: moved, it stays moved. (heun
-shows it a trial point at the next step's noise level first.)
+"""Those that show the model their own latent at the start of each step, and go on with it: moved, it stays moved.
+(heun, dpm_2_ancestral and dpmpp_2s_ancestral show it a trial point at the next step's noise level first.)
 """
 
 
@@ -32,8 +31,8 @@ def guided_sampler(
     name = sampler_name(sampler)
     if function is None or name not in SAMPLERS:
         raise ValueError(
-            f"{given_as}: {name} goes on with copies of its latent, which must be changed between the steps; accepted "
-            f"are {', '.join(sorted(SAMPLERS))}"
+            f"{given_as}: {name} does not show its own latent at each step and go on with it, which must be changed "
+            f"between the steps; accepted are {', '.join(sorted(SAMPLERS))}"
         )
 
     def sample(model: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -39,12 +39,14 @@ SMALLEST_MAP = 4
 
 @dataclass(frozen=True)
 class InstantSpec:
-    """start: place of the prompt's start token; words: the places of each word; rounds: rows of each picture, each with
-    noise of its own; background: one of BACKGROUNDS; mask_only: leave the last step when its maps are there.
+    """start: place of the prompt's start token; words: the places of each word; length: tokens of the prompt's context;
+    rounds: rows of each picture, each with noise of its own; background: one of BACKGROUNDS; mask_only: leave the last
+    step when its maps are there.
     """
 
     start: int
     words: tuple[tuple[int, ...], ...]
+    length: int
     rounds: int
     settings: MaskSettings
     background: str = NEXT
@@ -66,7 +68,7 @@ class Found:
 def independent_noise(latent: dict[str, Any], samples: torch.Tensor, rounds: int, seed: int) -> torch.Tensor:
     """Noise for `rounds` rows of each picture, [rounds × images, C, h, w], a round after the other.
 
-    A picture's noise depends on the seed and its place (`batch_index`, if the LATENT has one) alone.
+    A picture's noise depends on the seed, its place (`batch_index`, if the LATENT has one) and `rounds` alone.
     """
     places = latent.get("batch_index") or range(len(samples))
     indices = [place * rounds + number for number in range(rounds) for place in places]
@@ -91,7 +93,8 @@ def sample_instant(
     samples = checked_latent(model, latent)
     _check_size(model, samples)
     noise_mask = latent.get("noise_mask")
-    if noise_mask is not None and len(noise_mask) == len(samples) > 1:
+    if noise_mask is not None and len(noise_mask) > 1:
+        noise_mask = comfy.utils.repeat_to_batch_size(noise_mask, len(samples))
         noise_mask = noise_mask.repeat(spec.rounds, *[1] * (noise_mask.ndim - 1))
     runs: list[InstantRun] = []
     patched = model.clone()
@@ -104,8 +107,7 @@ def sample_instant(
     (run,) = runs
     assert run.head.index is not None
     assert run.head.position is not None
-    masks = torch.stack(run.masks, 1).cpu()
-    return Found(denoised[: len(samples)], masks, run.head.index.cpu(), run.head.position.cpu())
+    return Found(denoised[: len(samples)], torch.stack(run.masks, 1), run.head.index, run.head.position)
 
 
 def _check_size(model: Any, samples: torch.Tensor) -> None:
@@ -136,7 +138,7 @@ class InstantMask:
 
 
 class InstantRun:
-    """State of one sampling run. masks: [images, h, w] after each step."""
+    """State of one sampling run. masks: [images, h, w] after each step, on the CPU."""
 
     def __init__(
         self, spec: InstantSpec, guider: Any, noise: torch.Tensor, latent: torch.Tensor, sigmas: torch.Tensor
@@ -156,6 +158,7 @@ class InstantRun:
         self._clean = guider.model_patcher.model.process_latent_in(latent)
         self._step = -1  # the running one
         self._maps: dict[Address, torch.Tensor] = {}  # of the running step
+        self._shape: torch.Size | None = None  # of a map
         options = guider.model_options.setdefault("transformer_options", {})
         self.evaluation.install(options)
         add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, self._needed, options)
@@ -191,7 +194,8 @@ class InstantRun:
     def _map(self, q: torch.Tensor, k: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
         """Attention on the prompt's columns, mean over heads and rounds: [images, columns, h, w]."""
         check_places(options, q)
-        columns = probabilities(q, k, options["n_heads"])[..., self.columns].mean(1)
+        copies = max(1, k.shape[1] // self.spec.length)  # ComfyUI repeats a context beside a longer one
+        columns = copies * probabilities(q, k, options["n_heads"])[..., self.columns].mean(1)
         return columns.unflatten(0, (self.spec.rounds, -1)).mean(0).mT.unflatten(-1, spatial_size(options))
 
     # ------------------------------------------------------------------ between the steps
@@ -220,19 +224,25 @@ class InstantRun:
 
     def _blended(self, x: torch.Tensor) -> torch.Tensor:
         """x after the running step: outside the mask it is the picture, as noisy."""
-        mask = self._find().repeat(self.spec.rounds, 1, 1)[:, None]
+        mask = self._find().repeat(self.spec.rounds, 1, 1)[:, None].to(x.device)
         level = self.evaluation.sigmas[self._step + (self.spec.background == NEXT)]
         sampling = self.guider.model_patcher.get_model_object("model_sampling")
         around = sampling.noise_scaling(x.new_tensor(level), self._noise.to(x), self._clean.to(x), False)
         return torch.where(mask > 0, x, around)
 
     def _find(self) -> torch.Tensor:
-        """The mask after the running step, [images, h, w]."""
+        """The mask after the running step, [images, h, w], on the CPU: it is small, and needs float64."""
         if len(self._maps) < len(self.layers):
             raise ValueError(
                 "model: its cross-attention was not called as usual (torch.compile, a cache of steps, or a node that "
                 "replaces it); take that off the model"
             )
-        maps = torch.stack([self._maps.pop(address) for address in self.layers]).mean(0)
-        self.masks.append(self.head.mask(maps))
+        maps = [self._maps.pop(address) for address in self.layers]
+        self._shape = self._shape or maps[0].shape
+        if any(own.shape != self._shape for own in maps):
+            raise ValueError(
+                "model: another node changes the size of what the U-Net works on during the run (Deep Shrink, say); "
+                "take it off the model"
+            )
+        self.masks.append(self.head.mask(torch.stack(maps).mean(0).float().cpu()))
         return self.masks[-1]
