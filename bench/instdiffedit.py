@@ -317,7 +317,7 @@ inside and outside the exact mask, against the picture that was given, as in the
 - All masks go to the same inpainting: ComfyUI's noise mask, full denoise, no inpainting checkpoint.
 - DiffEdit: diffusers' pipeline with the same weights in diffusers' UNet, its own settings but for steps and cfg, and \
 the phrase for what is there as reference text. "DiffEdit's mask": one guided prediction for each of {MAPS} noises and \
-two texts. (As both texts have the same negative prompt, guidance cancels out of that mask: half of the rows would do.) \
+two texts. (As both texts have the same negative prompt, guidance cancels out of that mask: half the rows would do.) \
 "Its own edit": the same mask, then its inversion and denoising in place of our inpainting. "Denoised to the end": our \
 own few lines, {MAPS} whole guided denoisings for each text, as in the program that InstDiffEdit's authors compare with.
 - Rows of InstDiffEdit are without the last step's, which is left half-way. Seconds: of the processor, one thread; of \
