@@ -90,6 +90,30 @@ def test_the_same_graph_twice_is_the_same_to_the_bit(server):
     assert torch.equal(first, second)
 
 
+def test_an_sdxl_model_with_its_two_encoders_finds_masks_of_a_batch(server_with_tiny_models):
+    """Not square, and with more words than one run of the encoders takes."""
+    server = server_with_tiny_models
+    whole = graph(server, edit_text="Two Labradoodles, (sleeping:1.3) on chartreuse grass! " * 8)
+    for name in ("inpaint", "masked", "inpainted", "ground"):
+        del whole[name]
+    whole["model"] = node("TinySDXL")
+    whole["encode"] = node("EmptyLatentImage", width=320, height=192, batch_size=2)
+    found = latents(server, whole)
+    assert found["blended"].shape == (2, 4, 24, 40)
+    assert torch.isfinite(found["blended"]).all()
+    outputs = server.run(whole | previews())["outputs"]
+    mask, steps, alone = (shown(server, outputs[f"{name} shown"]) for name in ("mask", "steps", "alone"))
+    assert mask.shape == (2, 192, 320)
+    assert np.array_equal(mask, alone)
+    assert 0 < (mask > 127).mean() < 1
+    assert np.array_equal(steps[[len(steps) // 2 - 1, -1]], mask)
+    change = found["blended"].abs().amax(1)
+    for picture, own in zip(change, mask, strict=True):
+        outside = torch.nn.functional.avg_pool2d(torch.from_numpy(own > 127).float()[None, None], 8)[0, 0] == 0
+        assert picture[outside].max() < 1e-4
+        assert picture[~outside].max() > 0.1
+
+
 def test_what_does_not_fit_gets_a_sentence_each_and_the_run_after_them_works(server):
     small = graph(server)
     small["encode"] = node("EmptyLatentImage", width=32, height=32, batch_size=1)

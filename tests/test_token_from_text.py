@@ -21,31 +21,16 @@ from scalpel.tests import tiny
 
 pytestmark = pytest.mark.usefixtures("inference")
 
-SMALL = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 L_WIDTH, G_WIDTH = 16, 24
-
-
-def _clip(tokenizer, model, widths, folder=None):
-    """A CLIP of ComfyUI's own classes with random weights and small widths, {encoder: width}."""
-    options = {
-        f"{name}_model_config": {**SMALL, "hidden_size": width, "projection_dim": width}
-        for name, width in widths.items()
-    }
-    target = comfy.supported_models_base.ClipTarget(tokenizer, model)
-    with torch.inference_mode(False):
-        clip = comfy.sd.CLIP(target, embedding_directory=folder and [str(folder)], model_options=options)
-        clip.cond_stage_model.load_state_dict(tiny.random_weights(clip.cond_stage_model))
-    return clip
 
 
 def sd2():
     classes = comfy.text_encoders.sd2_clip
-    return _clip(classes.SD2Tokenizer, classes.SD2ClipModel, {"clip_h": L_WIDTH})
+    return tiny.clip(classes.SD2Tokenizer, classes.SD2ClipModel, {"clip_h": L_WIDTH})
 
 
 def sdxl(folder=None):
-    classes = comfy.sdxl_clip
-    return _clip(classes.SDXLTokenizer, classes.SDXLClipModel, {"clip_l": L_WIDTH, "clip_g": G_WIDTH}, folder)
+    return tiny.sdxl_clip(L_WIDTH, G_WIDTH, folder)
 
 
 @pytest.fixture(scope="module")

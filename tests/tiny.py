@@ -6,8 +6,8 @@ They are ComfyUI's own classes in ComfyUI's own ModelPatcher; only the widths ar
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sample
 import comfy.samplers
+import comfy.sd
+import comfy.sdxl_clip
 import comfy.supported_models
+import comfy.supported_models_base
 import torch
 from safetensors.torch import load_file
 
@@ -105,6 +108,35 @@ def golden_model(name: str, base: type = comfy.supported_models.SDXL) -> Any:
     """The MODEL whose weights a golden case was computed with."""
     weights = {k: v.float() for k, v in load_file(GOLDEN / name / "unet.safetensors").items()}
     return model(golden_kind(name, base), weights=weights)
+
+
+def clip(tokenizer: type, encoder: type, widths: Mapping[str, int], folder: Path | None = None) -> Any:
+    """A CLIP of ComfyUI's own classes with random weights and small widths, {encoder: width}; folder: of embeddings."""
+    options = {
+        f"{name}_model_config": {
+            "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "hidden_size": width,
+            "projection_dim": width,
+        }
+        for name, width in widths.items()
+    }  # fmt: skip
+    target = comfy.supported_models_base.ClipTarget(tokenizer, encoder)
+    with torch.inference_mode(False):
+        made = comfy.sd.CLIP(target, embedding_directory=folder and [str(folder)], model_options=options)
+        made.cond_stage_model.load_state_dict(random_weights(made.cond_stage_model))
+    return made
+
+
+def sdxl_clip(first: int, second: int, folder: Path | None = None) -> Any:
+    """SDXL's two text encoders, of these widths."""
+    classes = comfy.sdxl_clip
+    return clip(classes.SDXLTokenizer, classes.SDXLClipModel, {"clip_l": first, "clip_g": second}, folder)
+
+
+def sdxl_with_its_clip() -> tuple[Any, Any]:
+    """An SDXL-shaped MODEL and a CLIP whose texts fit it."""
+    half = WIDTH // 2  # the second encoder gives the pooled text too
+    unet = {**SDXL.unet, "adm_in_channels": half + len(SIZE) * 256}
+    return model(replace(SDXL, unet=unet), inference=torch.is_inference_mode_enabled()), sdxl_clip(half, half)
 
 
 def randn(*shape: int, seed: int) -> torch.Tensor:

@@ -52,6 +52,19 @@ class TinyModel:
         return (model,)
 
 
+class TinySDXL:
+    """An SDXL-shaped MODEL and its CLIP of two encoders."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL", "CLIP"), "make", "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        return {"required": {}}
+
+    def make(self) -> tuple[Any, Any]:
+        return tiny.sdxl_with_its_clip()
+
+
 class TinyPrompt:
     """A random CONDITIONING of 77 tokens."""
 
@@ -104,4 +117,6 @@ class TinyFingerprint:
         return {"ui": {"text": marks}}
 
 
-NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (TinyModel, TinyPrompt, DemoForInpainting, TinyFingerprint)}
+NODE_CLASS_MAPPINGS = {
+    kind.__name__: kind for kind in (TinyModel, TinySDXL, TinyPrompt, DemoForInpainting, TinyFingerprint)
+}
