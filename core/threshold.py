@@ -13,14 +13,14 @@ def otsu(values: torch.Tensor) -> float:
     Returns the centre of the last bin of the lower class, as scikit-image's `threshold_otsu` does; a constant input's
     threshold is that constant. ValueError if `values` is empty or not finite.
     """
-    flat = values.detach().flatten().double()
+    flat = values.detach().flatten().cpu().double()  # not every device has float64
     if flat.numel() == 0:
         raise ValueError("Otsu's threshold of an empty map does not exist")
     low, high = flat.min().item(), flat.max().item()
     _check_finite(flat)
     if low == high:
         return low
-    counts = torch.histc(flat, BINS, low, high).cpu()
+    counts = torch.histc(flat, BINS, low, high)
     width = (high - low) / BINS
     centres = low + width * (torch.arange(BINS, dtype=torch.float64) + 0.5)
     below, above = counts.cumsum(0), counts.flip(0).cumsum(0).flip(0)

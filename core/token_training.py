@@ -218,7 +218,8 @@ def _targets(masks: torch.Tensor, layers: Sequence[LayerQueries], recipe: Recipe
     """masks at the loss's resolution: binary at their own, area averages at the largest layer's."""
     if recipe.resolution == "masks":
         return (masks > 0.5).to(masks.dtype)
-    return F.interpolate(masks[:, None], _largest(layers), mode="area")[:, 0]
+    small = F.interpolate(masks[:, None].cpu(), _largest(layers), mode="area")  # Apple's GPU has whole ratios only
+    return small[:, 0].to(masks.device)
 
 
 def _largest(layers: Sequence[LayerQueries]) -> tuple[int, int]:

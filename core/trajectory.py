@@ -123,9 +123,15 @@ class Trajectory:
         """The noise levels, falling, each once, and the latent of each: where there are several, the last, which is
         where the sampler goes on from.
         """
-        last = {float(level): place for place, level in enumerate(self.levels)}
-        levels = sorted(last, reverse=True)
-        return levels, [last[level] for level in levels]
+        levels: list[float] = []
+        places: list[int] = []
+        for level, place in sorted(((float(level), place) for place, level in enumerate(self.levels)), reverse=True):
+            if levels and same_level(levels[-1], level):  # a trial point of an ancestral sampler is off by rounding
+                places[-1] = max(places[-1], place)
+            else:
+                levels.append(level)
+                places.append(place)
+        return levels, places
 
     def at(self, sigma: float) -> torch.Tensor:
         """The source at a noise level, [images, C, h, w].

@@ -6,13 +6,14 @@ from typing import Any
 
 import comfy.sample
 import comfy.samplers
+import comfy.utils
 import torch
 from comfy_api.latest import io
 
 from ..core.part_token import PartToken
 from ..core.prompt_to_prompt import PromptControl
 from ..core.trajectory import Trajectory, same_schedule
-from ..core.unet import sampling
+from ..core.unet import mag, sampling
 from ..core.unet.blend import BlendSpec
 from ..core.unet.inputs import checked_latent, model_sigmas
 from ..core.unet.layers import layer_table
@@ -234,6 +235,10 @@ def _sample(
     check_range("omega", omega, 0.25, 4.0)
     check_range("blend_until", blend_until, 0.0, 1.0)
     layer_table(model).select(layers)
+    if mag.spec_of(model) is not None:
+        raise ValueError(
+            "model: it has a MAG Guidance, which would move the source with its edits; give that model to KSampler"
+        )
     samples = checked_latent(model, latent_image)
     for name, conditioning in (("source", source), ("edit", edit), ("negative", negative)):
         check_conditioning(name, conditioning, model)
@@ -303,6 +308,6 @@ def _latent_like(latent: dict[str, Any], samples: torch.Tensor, source_of: list[
     if "batch_index" in latent:
         result["batch_index"] = [latent["batch_index"][i] for i in source_of]
     mask = latent.get("noise_mask")
-    if mask is not None and mask.shape[0] == len(latent["samples"]) > 1:
-        result["noise_mask"] = mask[source_of]
+    if mask is not None and len(mask) > 1:
+        result["noise_mask"] = comfy.utils.repeat_to_batch_size(mask, len(latent["samples"]))[source_of]
     return result

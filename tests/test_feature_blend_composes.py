@@ -295,6 +295,17 @@ def test_a_batch_has_one_noise_mask_per_picture(model):
         assert torch.allclose(samples[1, ..., :4], image["samples"][1, ..., :4], atol=1e-5)
 
 
+@pytest.mark.parametrize(("pictures", "masks"), [(1, 2), (3, 2)])
+def test_other_numbers_of_noise_masks_go_round_the_same_for_source_and_edit(pictures, masks, model):
+    few = torch.zeros(masks, 1, 16, 8)
+    few[0, ..., :4], few[1, ..., 4:] = 1, 1
+    image = {"samples": tiny.randn(pictures, 4, 16, 8, seed=41), "noise_mask": few}
+    each = {**image, "noise_mask": few[[0, 1, 0][:pictures]]}
+    output, expected = (tiny.edit(model, KIND, latent_image=latent) for latent in (image, each))
+    assert torch.equal(output.edited, expected.edited)
+    assert torch.equal(output.source, expected.source)
+
+
 def test_a_batch_index_takes_the_noise_of_that_place(model, alone):
     image = {**SMALL, "batch_index": [3]}
     output = tiny.edit(model, KIND, latent_image=image)

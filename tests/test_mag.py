@@ -150,7 +150,7 @@ def test_an_isolated_sample_s_maps_and_gradient_are_the_authors(name, golden_run
         def before(self, _, __, arguments):
             options, step = arguments["model_options"], sample["step_index"]
             taken = self.taken.at(sigma, step, options)
-            conds = self._whole_prompt(sigma)
+            conds = self._whole_prompt(golden[f"{name}_edit_ve"], sigma)
             with mag.gradients():
                 z = mag.ordinary(golden[f"{name}_edit_ve"]).clone()
                 found["maps"] = [m.detach() for m in self.maps(z, sigma, taken, conds, options, Checkpoints())[0]]
@@ -471,6 +471,22 @@ def test_samplers_go_on_with_a_latent_that_was_moved(name):
     shown.clear(), own.clear(), levels.clear()
     run(start, 0.0)
     assert levels == [0, 1, 2, 3] or all(torch.equal(shown[step], own[step]) for step in range(4))
+
+
+@pytest.mark.parametrize("options", [{"s_churn": 1.0}, {"r": 1.0}])
+def test_a_sampler_set_to_other_points_is_refused(options):
+    sampler = comfy.samplers.ksampler("euler" if "s_churn" in options else "dpmpp_sde", options)
+    with pytest.raises(ValueError, match=r"^sampler: (euler|dpmpp_sde) is set to s_churn above 0, or r of 1 or more"):
+        guided_sampler(sampler, None, None)
+
+
+def test_a_prompt_for_an_area_as_large_as_the_picture_is_one_for_the_whole():
+    patcher, kind = tiny.model(tiny.SD15), tiny.SD15
+    whole = tiny.with_options(tiny.prompt(kind, 2), area=(H, W, 0, 0))
+    assert torch.equal(sampled(guided(patcher)[0], positive=whole), sampled(guided(patcher)[0]))
+    part = tiny.with_options(tiny.prompt(kind, 2), area=(H, W // 2, 0, 0))
+    with pytest.raises(ValueError, match=r"^positive: at noise level .* no prompt holds for the whole picture"):
+        sampled(guided(patcher)[0], positive=part)
 
 
 def test_prompt_to_prompt_acts_without_iterations_and_outside_the_mask_the_source_comes_back(model):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
+import comfy.hooks
 import comfy.sample
 import comfy.samplers
 import numpy as np
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from PIL import Image
 
 from scalpel.core.mag import Push
 from scalpel.core.unet import mag
 from scalpel.core.unet.layers import layer_table
+from scalpel.core.unet.partly import SHOWING_THE_SOURCE
 from scalpel.core.unet.plug_and_play import first_block
 from scalpel.devtools.server import ComfyError
 from scalpel.nodes.plug_and_play import PlugAndPlayPatch
@@ -146,6 +150,44 @@ def test_a_cancelled_run_leaves_no_hook(monkeypatch):
     with pytest.raises(InterruptedError):
         sampled(patch(patcher, trajectory), kind, callback=interrupted)
     assert hooks(patcher) == []
+
+
+def test_the_lora_of_a_prompt_is_on_the_model_when_it_is_called():
+    """Showing the source takes hooks off, as the source has none."""
+    patcher, kind = tiny.model(tiny.SD15), tiny.SD15
+    _, trajectory = recorded(patcher, kind)
+    name = "diffusion_model.output_blocks.5.1.transformer_blocks.0.attn2.to_k.weight"
+    weight = patcher.model.state_dict()[name]
+    lora = {
+        f"{name.removesuffix('.weight')}.lora_up.weight": tiny.randn(weight.shape[0], 2, seed=1),
+        f"{name.removesuffix('.weight')}.lora_down.weight": tiny.randn(2, weight.shape[1], seed=2),
+    }
+    plain, seen = weight.clone(), []
+
+    def look(executor, *args, **kwargs):
+        options = args[5]
+        if not options.get(SHOWING_THE_SOURCE):
+            seen.append((options["cond_or_uncond"], torch.equal(patcher.model.state_dict()[name], plain)))
+        return executor(*args, **kwargs)
+
+    patched = patch(patcher, trajectory)
+    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "look", look)
+    with_lora = comfy.hooks.set_hooks_for_conditioning(
+        tiny.prompt(kind, 2), comfy.hooks.create_hook_lora(lora, 1.0, 0.0)
+    )
+    sampled(patched, kind, positive=with_lora)
+    assert sorted(seen) == sorted([([0], False), ([1], True)] * STEPS)
+
+
+@pytest.mark.parametrize(
+    "options", [{"area": (H, 8, 0, 0)}, {"start_percent": 0.5}, {"mask": torch.ones(1, H, W), "mask_strength": 1.0}]
+)
+def test_a_source_whose_prompt_is_for_a_part_is_refused(options, model):
+    kind = tiny.SD15
+    _, trajectory = recorded(model, kind)
+    trajectory = dataclasses.replace(trajectory, positive=tiny.with_options(trajectory.positive, **options))
+    with pytest.raises(ValueError, match=r"^trajectory: its prompt is for an area of the picture or some of the steps"):
+        sampled(patch(model, trajectory), kind)
 
 
 def test_rows_and_calls_may_be_divided_as_comfyui_likes():

@@ -37,6 +37,16 @@ def test_a_recorded_level_gives_the_recorded_latent_and_one_between_the_straight
     torch.testing.assert_close(t.at(5.5), t.latents[1] + (5.5 - 4) / 6 * (t.latents[0] - t.latents[1]))
 
 
+def test_of_levels_that_differ_by_rounding_the_last_recorded_counts():
+    """An ancestral sampler's trial point lies at the next level, up to rounding, above it or below."""
+    for wrong in (1 + 2e-7, 1 - 2e-7):
+        levels = torch.tensor([2.0, 1.0 * wrong, 1.0, 0.0])
+        latents = randn(4, 1, 4, 8, 8)
+        own = trajectory(sigmas=torch.tensor([2.0, 1.0, 0.0]), levels=levels, latents=latents)
+        assert torch.equal(own.at(1.0), latents[2])
+        assert torch.equal(own.at(float(levels[1])), latents[2])
+
+
 def test_between_levels_an_image_with_constant_noise_is_met_exactly():
     clean, noise = randn(2, 4, 3, 5, seed=1), randn(2, 4, 3, 5, seed=2)
     t = trajectory(latents=torch.stack([clean + sigma * noise for sigma in SIGMAS.tolist()]))

@@ -16,7 +16,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ..cpam import FollowingMask, divided, keys_at, word_attention
 from ..run_log import RunLog
-from ..trajectory import Conditioning, Trajectory
+from ..trajectory import Conditioning, Trajectory, same_level
 from .attention import Replacement, attention, check_places, replace_attention
 from .capture import spatial_size
 from .evaluation import Area, ConditionKey, Evaluation
@@ -288,7 +288,7 @@ class _CrossAttention:
     def _begin(self, _: torch.Tensor) -> None:
         now = self.run.evaluation
         if not now.again:
-            self._again = now.sigma == self._sigma
+            self._again = same_level(now.sigma, self._sigma)
         self._sigma = now.sigma
 
     def __call__(

@@ -75,7 +75,7 @@ class Evaluation:
         self.again = sigma == self.sigma and x is self._x
         self.sigma, self._x = sigma, x
         placed = [(place, entry) for place, entries in enumerate(conds) for entry in entries or ()]
-        self.areas = {(entry["uuid"], place): _latent_area(entry.get("area"), x) for place, entry in placed}
+        self.areas = {(entry["uuid"], place): latent_area(entry.get("area"), x) for place, entry in placed}
         positive = self._guider.conds.get("positive", [])
         told = [(place, entry) for place, entry in placed if conds[place] is positive]
         self.positive = [(entry["uuid"], place) for place, entry in told]
@@ -92,7 +92,7 @@ def applies(entry: dict[str, Any], sigma: float) -> bool:
     return end <= sigma <= start and "default" not in entry
 
 
-def _latent_area(area: Any, x: torch.Tensor) -> Area:
+def latent_area(area: Any, x: torch.Tensor) -> Area:
     """The area of an entry as ComfyUI crops it to the latent; None for the whole."""
     if area is None:
         return None

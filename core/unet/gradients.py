@@ -31,7 +31,7 @@ def ordinary(tensor: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode(False), torch.no_grad():
         try:
             return torch.from_dlpack(tensor.detach())
-        except (RuntimeError, BufferError, NotImplementedError):
+        except (RuntimeError, BufferError, NotImplementedError, ValueError, TypeError):  # by device and version
             return tensor.clone()
 
 

@@ -35,6 +35,12 @@ def guided_sampler(
             f"between the steps; accepted are {', '.join(sorted(SAMPLERS))}"
         )
 
+    if sampler.extra_options.get("s_churn") or sampler.extra_options.get("r", 0.5) >= 1:
+        raise ValueError(
+            f"{given_as}: {name} is set to s_churn above 0, or r of 1 or more, and then shows other points than its "
+            "latent at the noise levels of the schedule; leave them as they were"
+        )
+
     def sample(model: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return after(function(_Guided(model, before), x, *args, **kwargs))
 

@@ -26,7 +26,7 @@ from ..trajectory import same_level
 from .attention import Replacement, check_places, replace_attention
 from .capture import spatial_size
 from .checkpointing import Checkpoints, checkpoints, counted_bytes
-from .evaluation import Evaluation, applies
+from .evaluation import Evaluation, applies, latent_area
 from .gradient_memory import estimate, reserve
 from .gradients import gradients, ordinary
 from .guided_sampler import guided_sampler
@@ -207,7 +207,7 @@ class GuidedRun:
             return
         taken = self.taken.at(sigma, step, model_options)
         allowed = arguments.get("denoise_mask")
-        conds = self._whole_prompt(sigma)
+        conds = self._whole_prompt(x, sigma)
         with gradients():
             z = ordinary(x).clone()
             for iteration in range(self.most):
@@ -234,12 +234,14 @@ class GuidedRun:
         steps = self.evaluation.steps
         return [i for i, region in enumerate(self.spec.regions) if region.asks(step, steps, iteration)]
 
-    def _whole_prompt(self, sigma: float) -> list[dict[str, Any]]:
+    def _whole_prompt(self, x: torch.Tensor, sigma: float) -> list[dict[str, Any]]:
         """The entry of the positive prompt that tells the whole picture now."""
         for entry in self.guider.conds["positive"]:
-            if entry.get("area") is None and applies(entry, sigma):
+            if latent_area(entry.get("area"), x) is None and applies(entry, sigma):
                 return [entry]
-        raise ValueError("positive: every prompt holds for an area only; MAG Guidance needs one for the whole picture")
+        raise ValueError(
+            f"positive: at noise level {sigma:.3g} no prompt holds for the whole picture; MAG Guidance needs one there"
+        )
 
     def _gradient(
         self, z: torch.Tensor, sigma: float, step: int, asking: list[int], taken: Taken, conds: list[dict[str, Any]],

@@ -18,7 +18,7 @@ from comfy.patcher_extension import WrappersMP
 from ..trajectory import Conditioning, Trajectory
 from .attention import Replacement, attention, replace_attention
 from .layers import Address, LayerTable, address_of
-from .rider import NOT_OF_THE_RECORD
+from .rider import NOT_OF_THE_RECORD, source_prompt
 
 SHOWING_THE_SOURCE = "scalpel.showing_the_source"
 """Set in the transformer options of such a call: what an edit takes from its source, the source does not take."""
@@ -38,12 +38,16 @@ def call_partly(
 ) -> None:  # fmt: skip
     """One call of the model with these attention replacements (see `replace_attention`), up to `Enough`.
 
-    Neither Scalpel's evaluation of a sampling run nor another node's sees it. RuntimeError if no patch said enough.
+    Neither Scalpel's evaluation of a sampling run nor another node's sees it. Hooks (LoRAs of a prompt) are afterwards
+    on the model as they were, as it may be about to be called. RuntimeError if no patch said enough.
     """
     options = dict(model_options.get("transformer_options", {}))
     wrappers = dict(options.get("wrappers", {}))
     wrappers.pop(WrappersMP.CALC_COND_BATCH, None)
+    around = wrappers.get(WrappersMP.DIFFUSION_MODEL, {})
+    wrappers[WrappersMP.DIFFUSION_MODEL] = {key: value for key, value in around.items() if key != "easycache"}
     options["wrappers"] = wrappers
+    hooks = model.current_patcher.current_hooks
     for name, function in patches.items():
         replace_attention(options, name, table, function)
     try:
@@ -52,6 +56,8 @@ def call_partly(
         )
     except Enough:
         return
+    finally:
+        model.current_patcher.apply_hooks(hooks)
     raise RuntimeError("model: its cross-attention was never called; another node on it replaces it whole")
 
 
@@ -62,8 +68,9 @@ class SourceFeatures:
     """
 
     def __init__(self, guider: Any, table: LayerTable, trajectory: Trajectory, prompt: Conditioning, key: str) -> None:
-        """prompt: the source's, of which the first entry is used; key: names this source among others of the run."""
-        guider.conds[key] = comfy.sampler_helpers.convert_cond(prompt[:1])
+        """prompt: the source's (see `source_prompt`); key: names this source among others of the run."""
+        prompt = source_prompt(prompt)
+        guider.conds[key] = comfy.sampler_helpers.convert_cond(prompt)
         self._guider, self._table, self._trajectory, self._key = guider, table, trajectory, key
         self._own = prompt[0][1]
         self._last = list(table.layers)[-1]

@@ -23,6 +23,21 @@ SPLITS_CALLS = ("area", "control", "gligen", "hooks", "default", "timestep_start
 """An entry with one of these may not share a UNet call with the others."""
 
 
+def source_prompt(conditioning: Conditioning) -> Conditioning:
+    """The first entry of a source's prompt, with which alone it is shown to the UNet.
+
+    ValueError if it is for an area or some noise levels: nothing would tell of the source elsewhere.
+    """
+    options = conditioning[0][1]
+    parted = options.get("start_percent", 0.0) > 0 or options.get("end_percent", 1.0) < 1
+    if parted or options.get("area") is not None or options.get("mask") is not None:
+        raise ValueError(
+            "trajectory: its prompt is for an area of the picture or some of the steps only; record it with one for "
+            "the whole"
+        )
+    return conditioning[:1]
+
+
 class Rider:
     """One run's source.
 
@@ -31,9 +46,9 @@ class Rider:
     """
 
     def __init__(self, trajectory: Trajectory, conditioning: Conditioning, key: str) -> None:
-        """conditioning: the source's prompt, of which the first entry is used; key: names this rider among others."""
+        """conditioning: the source's prompt (see `source_prompt`); key: names this rider among others."""
         self.trajectory = trajectory
-        self.conditioning = conditioning[:1]
+        self.conditioning = source_prompt(conditioning)
         self.key = key
         self.riding = False
         self._entry: dict[str, Any] | None = None

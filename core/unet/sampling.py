@@ -9,6 +9,7 @@ from typing import Any
 
 import comfy.sample
 import comfy.samplers
+import comfy.utils
 import latent_preview
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -57,8 +58,8 @@ def sample_edit(
         samples = start_latent(trajectory)["samples"]
         noises = rows.join(torch.zeros_like(samples))
     noise_mask = latent.get("noise_mask")
-    if noise_mask is not None and noise_mask.shape[0] == rows.sources > 1:
-        noise_mask = rows.join(noise_mask)
+    if noise_mask is not None and len(noise_mask) > 1:
+        noise_mask = rows.join(comfy.utils.repeat_to_batch_size(noise_mask, rows.sources))
     _warn_of_frozen_models(model)
     runs: list[BlendRun] = []
     patched = model.clone()
