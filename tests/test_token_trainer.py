@@ -83,6 +83,12 @@ def test_a_token_lights_up_in_the_kept_queries_where_it_does_in_the_model(kind):
     assert torch.allclose(normalise(kept[:, None]), seen, atol=1e-3)
 
 
+def test_heat_maps_that_hold_nan_get_a_sentence(model):
+    patcher, token = _broken(model), tiny.token()
+    with pytest.raises(ValueError, match=r"^model: its attention holds NaN.*--fp32-unet"):
+        part_heatmaps(patcher, token, LATENT, "first8", 0.25, 3, 5)
+
+
 def test_the_queries_of_a_layer_are_one_ordinary_tensor_without_a_copy(model):
     layers = collect(model)
     assert [(layer.h, layer.w) for layer in layers] == [(4, 2)] * 3 + [(8, 4)] * 3 + [(16, 8)] * 3

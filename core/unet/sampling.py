@@ -172,6 +172,7 @@ def part_heatmaps(
     """Heat maps of a token's parts over given latents: [images, parts, H, W] in pixels, each scaled to 0…1.
 
     The latent is noised to `timesteps` levels up to `noise_level` (fraction of the training steps), see `probe`.
+    ValueError if the model's attention is not finite.
     """
     table = layer_table(model)
     capture = PartCapture(table, table.select(layers), token, keep_keys=False)
@@ -179,7 +180,13 @@ def part_heatmaps(
     sigmas = noise_levels(model, timesteps, noise_level)
     probe(model, latent, sigmas, seed, positive, lambda *seen: capture.record(total, *seen))
     h, w = latent["samples"].shape[-2:]
-    return normalise(total.mean((8 * h, 8 * w))).cpu()
+    maps = total.mean((8 * h, 8 * w)).cpu()
+    if not torch.isfinite(maps).all():
+        raise ValueError(
+            "model: its attention holds NaN or infinite values; run it in another precision (ComfyUI's --bf16-unet, "
+            "--fp32-unet or --force-upcast-attention)"
+        )
+    return normalise(maps)
 
 
 def zero_conditioning(model: Any) -> Conditioning:
