@@ -489,6 +489,11 @@ def test_a_prompt_for_an_area_as_large_as_the_picture_is_one_for_the_whole():
         sampled(guided(patcher)[0], positive=part)
 
 
+def test_a_guided_model_is_refused_where_a_source_rides_along(model):
+    with pytest.raises(ValueError, match=r"^model: it has a MAG Guidance, which would move the source"):
+        tiny.edit(guided(model)[0], tiny.SD15)
+
+
 def test_prompt_to_prompt_acts_without_iterations_and_outside_the_mask_the_source_comes_back(model):
     kind = tiny.SD15
     sampled_once, trajectory, _ = RecordTrajectory.execute(
