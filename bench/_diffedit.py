@@ -15,7 +15,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, StableDiffusionDiffEd
 class DiffEdit:
     """diffusers' pipeline, its settings as it has them; texts are embeddings [1, tokens, width], latents ComfyUI's.
 
-    ValueError for a model that the pipeline is not for: neither SD1.x nor SD2.x, or one that predicts no noise.
+    For SD1.x and SD2.x models, see `diffusers_unet`.
     """
 
     def __init__(self, model: Any) -> None:
@@ -73,7 +73,9 @@ class _LatentsOnly:
 
 
 def diffusers_unet(model: Any) -> UNet2DConditionModel:
-    """A MODEL's UNet as diffusers', of the same weights, in float32."""
+    """A MODEL's UNet as diffusers', of the same weights, in float32. ValueError if it is not of SD1.x or SD2.x, or
+    predicts no noise.
+    """
     base, shape = model.model, model.model.model_config.unet_config
     if shape.get("adm_in_channels") is not None or base.model_type != comfy.model_base.ModelType.EPS:
         raise ValueError("DiffEdit: diffusers has it for SD1.x and SD2.x models that predict noise; leave it out")

@@ -138,10 +138,13 @@ def prompts(clip, *texts):
 
 
 @pytest.mark.usefixtures("inference")
-def test_diffusers_unet_with_the_model_s_weights_predicts_what_the_model_does(demo):
+@pytest.mark.parametrize("kind", ["demo", "SD1.5"])
+def test_diffusers_unet_with_the_model_s_weights_predicts_what_the_model_does(kind, demo):
     model, clip, _ = demo
-    comfy.model_management.load_models_gpu([model])
     x, context = torch.randn(2, 4, 32, 32), torch.cat(prompts(clip, "a red dog", ""))
+    if kind == "SD1.5":
+        model, context = tiny.model(tiny.SD15), torch.randn(2, 77, tiny.WIDTH)
+    comfy.model_management.load_models_gpu([model])
     times = torch.tensor([801, 151])
     expected = model.model.diffusion_model(x, times, context)
     torch.testing.assert_close(diffusers_unet(model)(x, times, context).sample, expected, rtol=0, atol=1e-5)

@@ -281,7 +281,7 @@ class _CrossAttention:
         self.target = LayerMask(self.spec.target_mask, run.latent, "target_mask") if self.spec else None
         self.follow = self.spec.follow if self.spec else None
         self.mask = FollowingMask(self.follow.threshold) if self.follow else None
-        self._sigma = float("inf")
+        self._sigma = float("nan")  # of the evaluation before: none
         self._again: bool | None = None  # a noise level has begun: another, or the same once more
         run.evaluation.listeners.append(self._begin)
 

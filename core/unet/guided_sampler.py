@@ -34,7 +34,6 @@ def guided_sampler(
             f"{given_as}: {name} does not show its own latent at each step and go on with it, which must be changed "
             f"between the steps; accepted are {', '.join(sorted(SAMPLERS))}"
         )
-
     if sampler.extra_options.get("s_churn") or sampler.extra_options.get("r", 0.5) >= 1:
         raise ValueError(
             f"{given_as}: {name} is set to s_churn above 0, or r of 1 or more, and then shows other points than its "

@@ -44,8 +44,9 @@ def call_partly(
     options = dict(model_options.get("transformer_options", {}))
     wrappers = dict(options.get("wrappers", {}))
     wrappers.pop(WrappersMP.CALC_COND_BATCH, None)
-    around = wrappers.get(WrappersMP.DIFFUSION_MODEL, {})
-    wrappers[WrappersMP.DIFFUSION_MODEL] = {key: value for key, value in around.items() if key != "easycache"}
+    around = dict(wrappers.get(WrappersMP.DIFFUSION_MODEL, {}))
+    around.pop("easycache", None)  # it would answer in the place of the UNet
+    wrappers[WrappersMP.DIFFUSION_MODEL] = around
     options["wrappers"] = wrappers
     hooks = model.current_patcher.current_hooks
     for name, function in patches.items():
